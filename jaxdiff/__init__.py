@@ -1,0 +1,42 @@
+"""jaxdiff: diffusion, score-based and flow models in JAX.
+
+One idea carries the library: a denoiser is a pure function (x, t, cond) -> E[x0 | x_t]. Networks
+become denoisers, guidance maps denoisers to denoisers, solvers integrate denoisers, losses
+train them, and oracles are denoisers known in closed form.
+
+Conventions:
+
+* x_t = alpha(t) x0 + sigma(t) eps. Time t grows with noise; t near 0 is data. Processes live on
+  [0, 1], except that EDM's time is its sigma and TrigFlow's its angle.
+* log_snr(t) = log(alpha^2 / sigma^2); DPM-Solver's lambda is half of it.
+* Guidance `scale = 1` is the plain conditional model, 0 the unconditional one.
+* Denoisers, networks and per-example losses take one example, x of shape `(*event)` and a scalar
+  t; batches are `jax.vmap` outside. Images are `(H, W, C)`, scaled to [-1, 1].
+* Keys are typed (`jax.random.key`), explicit and per example: example i draws from
+  `fold_in(key, i)` with its global index i, and is the same in any batch.
+* Everything is an immutable pytree and crosses `jax.jit` as an argument. A number that may be
+  swept is a leaf; a choice of structure is static.
+"""
+
+from jaxdiff import guidance as guidance
+from jaxdiff import losses as losses
+from jaxdiff import metrics as metrics
+from jaxdiff import networks as networks
+from jaxdiff import oracles as oracles
+from jaxdiff import parallel as parallel
+from jaxdiff import predictions as predictions
+from jaxdiff import processes as processes
+from jaxdiff import solvers as solvers
+from jaxdiff.denoiser import Clipped as Clipped
+from jaxdiff.denoiser import Denoiser as Denoiser
+from jaxdiff.denoiser import DynamicThresholding as DynamicThresholding
+from jaxdiff.denoiser import LogNoiseLabel as LogNoiseLabel
+from jaxdiff.denoiser import NetworkDenoiser as NetworkDenoiser
+from jaxdiff.denoiser import Preconditioning as Preconditioning
+from jaxdiff.denoiser import TimeLabel as TimeLabel
+from jaxdiff.sampling import Solution as Solution
+from jaxdiff.sampling import denoise as denoise
+from jaxdiff.sampling import invert as invert
+from jaxdiff.sampling import sample as sample
+
+__version__ = "0.1.0"

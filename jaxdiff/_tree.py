@@ -1,0 +1,53 @@
+"""Small shared pieces: numbers as pytree leaves, and the checks every entry point makes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) else value
+
+
+def number(default: float) -> Any:
+    """A dataclass field for a number that may be swept: a Python float, or an array leaf.
+
+    Python floats stay weakly typed, so they never promote the dtype of what they multiply.
+    """
+    return eqx.field(default=default, converter=_as_float)
+
+
+def traced_floats(tree: PyTree) -> PyTree:
+    """Turn Python-float leaves into weakly typed arrays, so that jit traces them."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, tree)
+
+
+def derivative(fn: Callable[[Array], Array], t: Array) -> Array:
+    """The derivative of an elementwise `fn` at t."""
+    t = 1.0 * jnp.asarray(t)  # an integer time has no derivative
+    return jax.jvp(fn, (t,), (jnp.ones_like(t),))[1]
+
+
+def check_key(key: PRNGKeyArray, argument: str = "key") -> None:
+    """Reject anything but one typed PRNG key.
+
+    Raises:
+        TypeError: for legacy uint32 keys, batches of keys, and anything else.
+    """
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed:
+        got = f"{type(key).__name__} of dtype {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(
+            f"`{argument}` must be a typed PRNG key, got {got}. "
+            "Make one with jax.random.key(seed), or wrap a legacy key with "
+            "jax.random.wrap_key_data."
+        )
+    if key.shape != ():
+        raise TypeError(
+            f"`{argument}` must be a single PRNG key, got a batch of shape {key.shape}. "
+            "Pass one key; example i draws from fold_in(key, i)."
+        )

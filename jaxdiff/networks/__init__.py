@@ -1,0 +1,19 @@
+"""Networks (flax.nnx modules over one example), and taps into their activations.
+
+Every network is called as `network(x, t, cond=None, *, key=None, tap=None)`: x one example, t
+its scalar noise label, cond a class or None, key for dropout or None for none.
+"""
+
+from jaxdiff.networks._classifier import ConvClassifier as ConvClassifier
+from jaxdiff.networks._dit import DIT_SIZES as DIT_SIZES
+from jaxdiff.networks._dit import DiT as DiT
+from jaxdiff.networks._layers import attend as attend
+from jaxdiff.networks._layers import dropout as dropout
+from jaxdiff.networks._layers import timestep_embedding as timestep_embedding
+from jaxdiff.networks._mlp import MLP as MLP
+from jaxdiff.networks._taps import EditedNetwork as EditedNetwork
+from jaxdiff.networks._taps import Tap as Tap
+from jaxdiff.networks._taps import read_taps as read_taps
+from jaxdiff.networks._taps import tap_names as tap_names
+from jaxdiff.networks._unet import UNet as UNet
+from jaxdiff.networks._unet import num_params as num_params

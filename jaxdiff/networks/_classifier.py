@@ -1,0 +1,69 @@
+"""A small image classifier, whose features measure samples."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxdiff.networks._layers import dropout
+from jaxdiff.networks._taps import Tap
+
+
+class ConvClassifier(nnx.Module):
+    """Two convolutions, pooling, two more, and a hidden layer, whose output are the features.
+
+    Taps: "features".
+
+    Args:
+        image_size: height and width of the example, divisible by 2.
+        in_channels: channels of the example.
+        num_classes: number of classes.
+        channels: width of the first two convolutions; the next have twice as many.
+        features: size of the feature vector.
+        dropout: dropout rate on the features.
+        param_dtype: dtype of the weights.
+        rngs: initialisation keys.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        in_channels: int,
+        num_classes: int,
+        channels: int = 32,
+        features: int = 64,
+        dropout: float = 0.3,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kinds = {"param_dtype": param_dtype, "rngs": rngs}
+        self.rate = dropout
+        widths = [in_channels, channels, channels, 2 * channels, 2 * channels]
+        self.convs = nnx.List(
+            nnx.Conv(a, b, (3, 3), **kinds) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        size = (image_size // 2) ** 2 * widths[-1]
+        self.hidden = nnx.Linear(size, features, **kinds)
+        self.last = nnx.Linear(features, num_classes, **kinds)
+
+    def __call__(
+        self, x: Array, *, key: PRNGKeyArray | None = None, tap: Tap | None = None
+    ) -> Array:
+        """Logits `(num_classes,)` of one example `(H, W, C)`."""
+        tap = Tap() if tap is None else tap
+        h = x
+        for i, conv in enumerate(self.convs):
+            h = nnx.gelu(conv(h))
+            if i == 1:
+                height, width, c = h.shape
+                h = h.reshape(height // 2, 2, width // 2, 2, c).max((1, 3))
+        h = tap("features", nnx.gelu(self.hidden(h.reshape(-1))))
+        return self.last(dropout(h, self.rate, key))
+
+    def features(self, x: Array) -> Array:
+        """The feature vector of one example."""
+        tap = Tap(wanted=["features"])
+        self(x, tap=tap)
+        return tap.values["features"]

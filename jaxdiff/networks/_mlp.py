@@ -1,0 +1,101 @@
+"""A residual MLP for vectors."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxdiff.networks._layers import NoiseEmbedding, dropout, fold, zeros
+from jaxdiff.networks._taps import Tap
+
+
+class MLPBlock(nnx.Module):
+    """h + Linear(SiLU(Linear(scale * norm(h) + shift))), modulated by the embedding."""
+
+    def __init__(self, hidden: int, rate: float, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.rate = rate
+        self.norm = nnx.LayerNorm(hidden, use_scale=False, use_bias=False, **kinds)
+        self.modulation = nnx.Linear(hidden, 2 * hidden, **kinds)
+        self.first = nnx.Linear(hidden, hidden, **kinds)
+        self.second = nnx.Linear(hidden, hidden, kernel_init=zeros, **kinds)
+
+    def __call__(self, h: Array, emb: Array, key: PRNGKeyArray | None) -> Array:
+        """One block; h and emb `(hidden,)`."""
+        scale, shift = jnp.split(self.modulation(nnx.silu(emb)), 2)
+        inner = nnx.silu(self.first(self.norm(h) * (1 + scale) + shift))
+        return h + self.second(dropout(inner, self.rate, key))
+
+
+class MLP(nnx.Module):
+    """A residual MLP over one vector, conditioned on noise level and class.
+
+    Taps: "block.0", "block.1", ... (the residual stream after each block).
+
+    Args:
+        features: size d of the example, which is `(d,)`.
+        hidden: width.
+        num_blocks: number of residual blocks.
+        num_classes: number of classes, or None.
+        dropout: dropout rate in the blocks.
+        out_features: size of the output; None for `features`.
+        remat: recompute each block in the backward pass.
+        dtype: compute dtype; None follows the input and the weights.
+        param_dtype: dtype of the weights.
+        rngs: initialisation keys.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        hidden: int = 128,
+        num_blocks: int = 3,
+        num_classes: int | None = None,
+        dropout: float = 0.0,
+        out_features: int | None = None,
+        remat: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.features = features
+        self.remat = remat
+        self.embedding = NoiseEmbedding(hidden, hidden, num_classes, **kinds)
+        self.first = nnx.Linear(features, hidden, **kinds)
+        self.blocks = nnx.List(MLPBlock(hidden, dropout, **kinds) for _ in range(num_blocks))
+        self.norm = nnx.LayerNorm(hidden, **kinds)
+        self.last = nnx.Linear(hidden, out_features or features, kernel_init=zeros, **kinds)
+
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        cond: Array | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        tap: Tap | None = None,
+    ) -> Array:
+        """Output for one example `(features,)` at a scalar noise label.
+
+        Raises:
+            ValueError: if x is not `(features,)`, or `cond` does not fit `num_classes`.
+        """
+        if x.shape != (self.features,):
+            raise ValueError(
+                f"`x` must be one example of shape ({self.features},), got {x.shape}. "
+                "Use jax.vmap for a batch."
+            )
+        tap = Tap() if tap is None else tap
+        emb = self.embedding(t, cond)
+        h = self.first(x)
+        for i, block in enumerate(self.blocks):
+
+            def run(tap, block, h, emb, key, i=i):
+                return tap(f"block.{i}", block(h, emb, key))
+
+            args = (block, h, emb, fold(key, i))
+            h = tap.checkpoint(run, *args) if self.remat else run(tap, *args)
+        return self.last(nnx.silu(self.norm(h))).astype(x.dtype)

@@ -1,0 +1,153 @@
+"""Taps: reading, editing and replacing a network's inner activations by name.
+
+Networks take `tap` and pass every inner activation of interest through it,
+`h = tap("mid", h)`. A `Tap` applies the edits it was given and keeps the values it was asked
+for; the network is neither subclassed nor changed. Values are returned through any
+`jax.checkpoint` a block runs under, so nothing leaks.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+
+class Tap:
+    """What one call of a network does at its taps.
+
+    Lives for a single call: it collects values while the network is traced. Use `read_taps`
+    and `EditedNetwork`, which make one for each call.
+
+    Args:
+        edits: `{name: function from activation to activation}`.
+        wanted: names of the taps whose (edited) values are kept.
+    """
+
+    def __init__(
+        self, edits: dict[str, Callable[[Array], Array]] | None = None, wanted: Iterable[str] = ()
+    ):
+        self.edits = edits or {}
+        self.wanted = frozenset(wanted)
+        self.values: dict[str, Array] = {}
+        self.names: list[str] = []
+
+    def __call__(self, name: str, value: Array) -> Array:
+        """The activation as the network should go on with it."""
+        self.names.append(name)
+        if name in self.edits:
+            value = self.edits[name](value)
+        if name in self.wanted:
+            self.values[name] = value
+        return value
+
+    def checkpoint(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`jax.checkpoint` of `fn(tap, *args)`."""
+        inner = Tap(self.edits, self.wanted)
+        out, values = jax.checkpoint(lambda *args: (fn(inner, *args), inner.values))(*args)
+        self.values |= values
+        self.names += inner.names
+        return out
+
+    def check(self, argument: str) -> None:
+        """Raise ValueError if an edited or wanted name was not met on the way."""
+        missing = (set(self.edits) | self.wanted) - set(self.names)
+        if missing:
+            raise ValueError(
+                f"`{argument}` names taps that the network does not have: {sorted(missing)}. "
+                f"Its taps are {self.names}."
+            )
+
+
+class EditedNetwork(eqx.Module):
+    """A network some of whose activations are edited or replaced.
+
+    Itself a network: it can be edited again, read, or put into a `NetworkDenoiser`. Edits see
+    one example's activation. An edit that is an `equinox.Module` keeps its numbers as leaves,
+    so that changing them does not recompile.
+
+    Args:
+        network: any network with taps.
+        edits: `{tap name: function from activation to activation}`.
+
+    Raises:
+        ValueError: when called, if the network has no tap of that name; lists those it has.
+    """
+
+    network: Callable[..., Array]
+    edits: dict[str, Callable[[Array], Array]]
+
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        cond: PyTree = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        tap: Tap | None = None,
+    ) -> Array:
+        """The edited network's output."""
+        outer = Tap() if tap is None else tap
+        edits = dict(self.edits)
+        for name, edit in outer.edits.items():
+            edits[name] = _then(edits[name], edit) if name in edits else edit
+        inner = Tap(edits, outer.wanted)
+        out = self.network(x, t, cond, key=key, tap=inner)
+        Tap.check(_restricted(inner, self.edits), "edits")
+        outer.values |= inner.values
+        outer.names += inner.names
+        return out
+
+
+def _then(first: Callable, second: Callable) -> Callable:
+    return lambda value: second(first(value))
+
+
+def _restricted(tap: Tap, edits: dict) -> Tap:
+    """The same call seen with fewer edits: an outer edit's name is its own caller's to check."""
+    view = Tap(edits)
+    view.names = tap.names
+    return view
+
+
+def read_taps(
+    network: Callable[..., Array],
+    names: Iterable[str],
+    x: Array,
+    t: Array,
+    cond: PyTree = None,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Run a network on one example and return some of its activations too.
+
+    A pure function: differentiate, linearize or vmap it like any other.
+
+    Args:
+        network: any network with taps.
+        names: taps to read, e.g. `["mid"]`.
+        x: one example, `(*event)`.
+        t: scalar noise label.
+        cond: condition.
+        key: dropout key, or None.
+
+    Returns:
+        The network's output, and `{name: activation}`.
+
+    Raises:
+        ValueError: if the network has no tap of that name; lists those it has.
+    """
+    tap = Tap(wanted=names)
+    out = network(x, t, cond, key=key, tap=tap)
+    tap.check("names")
+    return out, tap.values
+
+
+def tap_names(
+    network: Callable[..., Array], x: Array, t: Array, cond: PyTree = None
+) -> tuple[str, ...]:
+    """Names of a network's taps, in the order in which it meets them. Computes nothing."""
+    tap = Tap()
+    eqx.filter_eval_shape(lambda x, t, cond: network(x, t, cond, tap=tap), x, t, cond)
+    return tuple(tap.names)

@@ -1,0 +1,297 @@
+"""The UNet of DDPM and ADM."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxdiff.networks._layers import NoiseEmbedding, attend, dropout, fold, zeros
+from jaxdiff.networks._taps import Tap
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalisation of one `(H, W, C)` example: at most 32 groups of at least 4 channels."""
+
+    def __init__(self, channels: int, **kinds: Any):
+        fits = [g for g in range(1, 33) if channels % g == 0 and channels >= 4 * g]
+        super().__init__(channels, num_groups=max(fits, default=1), **kinds)
+
+    def __call__(self, x: Array) -> Array:
+        """The normalised example."""
+        return super().__call__(x[None])[0]
+
+
+def upsample(x: Array) -> Array:
+    """Nearest-neighbour upsampling by two."""
+    return x.repeat(2, axis=0).repeat(2, axis=1)
+
+
+def downsample(x: Array) -> Array:
+    """Average pooling by two."""
+    height, width, channels = x.shape
+    return x.reshape(height // 2, 2, width // 2, 2, channels).mean((1, 3))
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+RESAMPLE = {"up": upsample, "down": downsample, "same": _same}
+
+
+class ResBlock(nnx.Module):
+    """norm, SiLU, [resample], conv, embedding, norm, SiLU, dropout, conv, plus the skip."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        emb_size: int,
+        *,
+        rate: float,
+        scale_shift: bool,
+        skip_scale: float,
+        resample: Literal["up", "down", "same"] = "same",
+        **kinds: Any,
+    ):
+        self.rate, self.scale_shift = rate, scale_shift
+        self.skip_scale, self.resample = skip_scale, resample
+        self.norm1 = GroupNorm(in_channels, **kinds)
+        self.conv1 = nnx.Conv(in_channels, channels, (3, 3), **kinds)
+        self.modulation = nnx.Linear(emb_size, channels * (2 if scale_shift else 1), **kinds)
+        self.norm2 = GroupNorm(channels, **kinds)
+        self.conv2 = nnx.Conv(channels, channels, (3, 3), kernel_init=zeros, **kinds)
+        narrow = in_channels == channels
+        self.skip = None if narrow else nnx.Conv(in_channels, channels, (1, 1), **kinds)
+
+    def __call__(self, x: Array, emb: Array, key: PRNGKeyArray | None) -> Array:
+        """One block; x `(H, W, in_channels)`, emb `(emb_size,)`."""
+        resample = RESAMPLE[self.resample]
+        h = self.conv1(resample(nnx.silu(self.norm1(x))))
+        modulation = self.modulation(nnx.silu(emb))
+        if self.scale_shift:
+            scale, shift = jnp.split(modulation, 2)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + modulation)
+        h = self.conv2(dropout(nnx.silu(h), self.rate, key))
+        x = resample(x)
+        x = x if self.skip is None else self.skip(x)
+        return (x + h) * self.skip_scale
+
+
+class AttentionBlock(nnx.Module):
+    """norm, self-attention over pixels, projection, plus the skip."""
+
+    def __init__(self, channels: int, num_heads: int, *, skip_scale: float, **kinds: Any):
+        self.num_heads, self.skip_scale = num_heads, skip_scale
+        self.norm = GroupNorm(channels, **kinds)
+        self.qkv = nnx.Linear(channels, 3 * channels, **kinds)
+        self.out = nnx.Linear(channels, channels, kernel_init=zeros, **kinds)
+
+    def __call__(self, x: Array, name: str, tap: Tap) -> Array:
+        """One block; x `(H, W, C)`. Taps: name, name.q, .k, .v and .weights."""
+        tokens = self.norm(x).reshape(-1, x.shape[-1])
+        h = attend(*jnp.split(self.qkv(tokens), 3, axis=-1), self.num_heads, name, tap)
+        h = tap(name, self.out(h).reshape(x.shape))
+        return (x + h) * self.skip_scale
+
+
+class Stage(nnx.Module):
+    """A residual block, perhaps followed by attention; or a plain resampling convolution."""
+
+    def __init__(self, block: ResBlock | nnx.Conv, attention: AttentionBlock | None = None):
+        self.block, self.attention = block, attention
+
+    def __call__(
+        self, tap: Tap, name: str, h: Array, emb: Array, key: PRNGKeyArray | None
+    ) -> Array:
+        """The stage's output. Taps: name, and name.attn with its parts."""
+        plain = isinstance(self.block, nnx.Conv)
+        h = self.block(h) if plain else self.block(h, emb, key)
+        if self.attention is not None:
+            h = self.attention(h, f"{name}.attn", tap)
+        return tap(name, h)
+
+
+class UNet(nnx.Module):
+    """The convolutional UNet of DDPM, with the options of ADM.
+
+    Taps, in the order they are met: "in"; "down.i.j" (level i, block j) and "down.i.resample";
+    "mid.0", "mid" (the h-space); "up.i.j" and "up.i.resample". The attention of a stage is
+    "<stage>.attn" (in the middle, "mid.0.attn") with ".q", ".k", ".v", ".weights"
+    (`(heads, n, n)`).
+
+    Args:
+        channels: base width.
+        in_channels: channels of the example.
+        out_channels: channels of the output; None for `in_channels`, `2 * in_channels` for
+            learned variances.
+        channel_mults: width of each resolution level, in units of `channels`.
+        num_res_blocks: residual blocks per level on the way down (one more on the way up).
+        attention_resolutions: image heights at which blocks attend.
+        image_size: height and width of the example; the attention resolutions refer to it.
+        num_classes: number of classes, or None.
+        dropout: dropout rate in the residual blocks.
+        num_heads: attention heads.
+        head_channels: channels of a head; if given, replaces `num_heads`.
+        scale_shift: modulate the second norm by the embedding (ADM) instead of adding it (DDPM).
+        resample: "conv" (DDPM: strided convolution; nearest neighbour and convolution) or
+            "block" (ADM: inside residual blocks).
+        skip_rescale: multiply residual sums by 1/sqrt(2).
+        remat: recompute each stage in the backward pass.
+        dtype: compute dtype, e.g. bfloat16; None follows the input and the weights.
+        param_dtype: dtype of the weights.
+        rngs: initialisation keys.
+
+    Reference: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020,
+    arXiv 2006.11239, appendix B; Dhariwal, Nichol, "Diffusion Models Beat GANs on Image
+    Synthesis", 2021, arXiv 2105.05233, section 3; rescaled skips from Song et al.,
+    arXiv 2011.13456, appendix H. Group norms use fewer than 32 groups below 128 channels.
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        *,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        channel_mults: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        image_size: int = 32,
+        num_classes: int | None = None,
+        dropout: float = 0.0,
+        num_heads: int = 1,
+        head_channels: int | None = None,
+        scale_shift: bool = False,
+        resample: Literal["conv", "block"] = "conv",
+        skip_rescale: bool = False,
+        remat: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        levels = len(channel_mults)
+        if image_size % 2 ** (levels - 1):
+            raise ValueError(
+                f"`image_size` must be divisible by {2 ** (levels - 1)} for {levels} resolution "
+                f"levels, got {image_size}. Pad the images or give fewer `channel_mults`."
+            )
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        skip_scale = 0.5**0.5 if skip_rescale else 1.0
+        emb_size = 4 * channels
+
+        def res(cin, cout, kind="same"):
+            options = {"rate": dropout, "scale_shift": scale_shift, "skip_scale": skip_scale}
+            return ResBlock(cin, cout, emb_size, resample=kind, **options, **kinds)
+
+        def attention(c):
+            heads = c // head_channels if head_channels else num_heads
+            return AttentionBlock(c, heads, skip_scale=skip_scale, **kinds)
+
+        def stage(cin, cout, size):
+            attends = size in attention_resolutions
+            return Stage(res(cin, cout), attention(cout) if attends else None)
+
+        def resampling(c, kind):
+            if resample == "block":
+                return Stage(res(c, c, kind))
+            strides = 2 if kind == "down" else 1
+            return Stage(nnx.Conv(c, c, (3, 3), strides=strides, **kinds))
+
+        self.image_size, self.in_channels = image_size, in_channels
+        self.plain_resampling, self.remat = resample == "conv", remat
+        self.embedding = NoiseEmbedding(channels, emb_size, num_classes, **kinds)
+        self.conv_in = nnx.Conv(in_channels, channels, (3, 3), **kinds)
+
+        widths, c, size = [channels], channels, image_size
+        self.down = nnx.List()
+        for i, mult in enumerate(channel_mults):
+            level = nnx.List()
+            for _ in range(num_res_blocks):
+                level.append(stage(c, mult * channels, size))
+                c = mult * channels
+                widths.append(c)
+            if i < levels - 1:
+                level.append(resampling(c, "down"))
+                widths.append(c)
+                size //= 2
+            self.down.append(level)
+
+        self.mid = nnx.List([Stage(res(c, c), attention(c)), Stage(res(c, c))])
+
+        self.up = nnx.List()
+        for i, mult in reversed(list(enumerate(channel_mults))):
+            level = nnx.List()
+            for _ in range(num_res_blocks + 1):
+                level.append(stage(c + widths.pop(), mult * channels, size))
+                c = mult * channels
+            if i > 0:
+                level.append(resampling(c, "up"))
+                size *= 2
+            self.up.append(level)
+
+        self.num_res_blocks = num_res_blocks
+        self.norm_out = GroupNorm(c, **kinds)
+        self.conv_out = nnx.Conv(c, out_channels or in_channels, (3, 3), kernel_init=zeros, **kinds)
+
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        cond: Array | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        tap: Tap | None = None,
+    ) -> Array:
+        """Output `(H, W, out_channels)` for one example `(H, W, in_channels)`.
+
+        Raises:
+            ValueError: if x has another shape, or `cond` does not fit `num_classes`.
+        """
+        expected = (self.image_size, self.image_size, self.in_channels)
+        if x.shape != expected:
+            raise ValueError(
+                f"`x` must be one example of shape {expected}, got {x.shape}. "
+                "Use jax.vmap for a batch."
+            )
+        tap = Tap() if tap is None else tap
+        emb = self.embedding(t, cond)
+        count = 0
+
+        def run(stage, name, h):
+            nonlocal count
+            count += 1
+            args = (stage, h, emb, fold(key, count))
+
+            def call(tap, stage, h, emb, key):
+                return stage(tap, name, h, emb, key)
+
+            return tap.checkpoint(call, *args) if self.remat else call(tap, *args)
+
+        h = tap("in", self.conv_in(x))
+        skips = [h]
+        for i, level in enumerate(self.down):
+            for j, stage in enumerate(level):
+                name = f"down.{i}.{j}" if j < self.num_res_blocks else f"down.{i}.resample"
+                h = run(stage, name, h)
+                skips.append(h)
+        h = run(self.mid[0], "mid.0", h)
+        h = run(self.mid[1], "mid", h)
+        for i, level in reversed(list(enumerate(self.up[::-1]))):
+            for j, stage in enumerate(level):
+                if j <= self.num_res_blocks:
+                    h = run(stage, f"up.{i}.{j}", jnp.concatenate([h, skips.pop()], axis=-1))
+                else:
+                    h = upsample(h) if self.plain_resampling else h
+                    h = run(stage, f"up.{i}.resample", h)
+        return self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
+
+
+def num_params(network: nnx.Module) -> int:
+    """Number of weights; `network` may hold shapes only (`nnx.eval_shape`)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(network))

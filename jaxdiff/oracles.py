@@ -1,0 +1,346 @@
+"""Denoisers known in closed form: Gaussians and mixtures of Gaussians.
+
+Every method of the library can be proven right on these before it meets a network. One
+class, `GaussianMixture`, covers them all, because every covariance is stored as
+
+    C = U diag(lambda) U^T + tau^2 (I - U U^T),    U (d, r) with orthonormal columns:
+
+r = d is a full covariance, r < d with tau = 0 a low-rank one, r = 0 isotropic, and r = 0 with
+tau = 0 a point mass, so that a data set is a mixture with one component per example. In this
+form everything at time t, such as (alpha^2 C + sigma^2 I)^{-1}, is a rescaling of eigenvalues
+and stays accurate for every process at every noise level, singular covariances included.
+
+Oracles are exact for any `Process`, accept events of any shape, and compute in the dtype of
+their parameters: build them under `jax.enable_x64` for proofs in double precision.
+
+Reference: closed forms from Bishop, "Pattern Recognition and Machine Learning", 2006,
+sections 2.3.3 and 2.3.9.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PRNGKeyArray
+
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.processes import Process
+
+
+def _gain(variance: Array, alpha: Array, sigma: Array) -> Array:
+    """alpha v / (alpha^2 v + sigma^2), and 0 for v = 0 even where sigma = 0."""
+    total = alpha**2 * variance + sigma**2
+    return jnp.where(variance > 0, alpha * variance / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+class GaussianMixture(Denoiser):
+    """The exact denoiser of p(x0) = sum_k w_k N(m_k, C_k), conditional on a label or not.
+
+    E[x0 | x_t] = sum_k p(k | x_t) [m_k + G_k (x_t - alpha m_k)] with
+    G_k = alpha C_k (alpha^2 C_k + sigma^2 I)^{-1}.
+
+    Build one with `gaussian`, `gaussian_mixture`, `low_rank_mixture` or `empirical`.
+
+    With labels, `cond` is a class in [0, num_classes), and `cond = num_classes` (the null
+    label) or None is the unconditional law.
+
+    Attributes:
+        log_weights: `(K,)`, log w_k.
+        means: `(K, *event)`.
+        basis: U of each component, `(K, d, r)`, d the size of the event.
+        spectrum: lambda of each component, `(K, r)`, >= 0.
+        isotropic: tau^2 of each component, `(K,)`, >= 0.
+        labels: class of each component, `(K,)` int32.
+        num_classes: number of classes.
+    """
+
+    process: Process
+    log_weights: Array
+    means: Array
+    basis: Array
+    spectrum: Array
+    isotropic: Array
+    labels: Array
+    num_classes: int = eqx.field(static=True)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.means.shape[1:]
+
+    @jax.default_matmul_precision("highest")
+    def _components(self, x: Array, t: Array) -> tuple[Array, Array]:
+        """log N(x; alpha m_k, alpha^2 C_k + sigma^2 I), `(K,)`, and E[x0 | x, k], `(K, d)`."""
+        if x.shape != self.event_shape:
+            raise ValueError(
+                f"`x` must be one example of shape {self.event_shape}, got {x.shape}. "
+                "Use jax.vmap for a batch."
+            )
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        means = self.means.reshape(self.means.shape[0], -1)
+        size, rank = self.basis.shape[1:]
+
+        offset = x.reshape(-1) - alpha * means
+        inside = jnp.einsum("kdr,kd->kr", self.basis, offset)
+        outside = offset - jnp.einsum("kdr,kr->kd", self.basis, inside)
+        posterior_means = (
+            means
+            + jnp.einsum("kdr,kr->kd", self.basis, _gain(self.spectrum, alpha, sigma) * inside)
+            + _gain(self.isotropic, alpha, sigma)[:, None] * outside
+        )
+
+        variance = alpha**2 * self.spectrum + sigma**2
+        distance = jnp.sum(inside**2 / variance, axis=1)
+        log_det = jnp.sum(jnp.log(variance), axis=1)
+        if rank < size:
+            rest = alpha**2 * self.isotropic + sigma**2
+            distance += jnp.sum(outside**2, axis=1) / rest
+            log_det += (size - rank) * jnp.log(rest)
+        return -0.5 * (distance + log_det + size * jnp.log(2 * jnp.pi)), posterior_means
+
+    def _log_prior(self, cond: Array | None) -> Array:
+        """log p(k | cond), `(K,)`."""
+        if cond is None:
+            return self.log_weights
+        member = (self.labels == cond) | (cond == self.num_classes)
+        masked = jnp.where(member, self.log_weights, -jnp.inf)
+        return masked - jax.nn.logsumexp(masked)
+
+    def __call__(
+        self, x: Array, t: Array, cond: Array | None = None, *, key: PRNGKeyArray | None = None
+    ) -> Array:
+        """E[x0 | x_t = x, cond]; see `Denoiser`."""
+        log_likelihood, posterior_means = self._components(x, t)
+        responsibility = jax.nn.softmax(self._log_prior(cond) + log_likelihood)
+        return (responsibility @ posterior_means).reshape(x.shape).astype(x.dtype)
+
+    def log_prob(self, x: Array, t: Array, cond: Array | None = None) -> Array:
+        """log p_t(x | cond) of one example, in nats."""
+        return jax.nn.logsumexp(self._log_prior(cond) + self._components(x, t)[0])
+
+    def class_log_posterior(self, x: Array, t: Array) -> Array:
+        """log p(c | x_t = x) of every class, `(num_classes,)`."""
+        joint = self.log_weights + self._components(x, t)[0]
+        classes = jnp.arange(self.num_classes)
+        by_class = jnp.where(self.labels == classes[:, None], joint, -jnp.inf)
+        return jax.nn.logsumexp(by_class, axis=1) - jax.nn.logsumexp(joint)
+
+    def sample_data(self, key: PRNGKeyArray, cond: Array | None = None) -> Array:
+        """One example of p(x0 | cond), `(*event)`."""
+        component_key, noise_key = jax.random.split(key)
+        k = jax.random.categorical(component_key, self._log_prior(cond))
+        noise = jax.random.normal(noise_key, self.basis.shape[1:2], self.means.dtype)
+        inside = self.basis[k].T @ noise
+        deviation = self.basis[k] @ (jnp.sqrt(self.spectrum[k]) * inside)
+        deviation += jnp.sqrt(self.isotropic[k]) * (noise - self.basis[k] @ inside)
+        return self.means[k] + deviation.reshape(self.event_shape)
+
+    def covariances(self) -> Array:
+        """The dense C_k, `(K, d, d)`."""
+        scaled = self.basis * (self.spectrum - self.isotropic[:, None])[:, None, :]
+        dense = jnp.einsum("kdr,ker->kde", scaled, self.basis)
+        return dense + self.isotropic[:, None, None] * jnp.eye(self.basis.shape[1])
+
+    def moments(self, cond: Array | None = None) -> tuple[Array, Array]:
+        """Mean `(*event)` and covariance `(d, d)` of p(x0 | cond)."""
+        weights = jnp.exp(self._log_prior(cond))
+        means = self.means.reshape(self.means.shape[0], -1)
+        mean = weights @ means
+        centred = means - mean
+        between = jnp.einsum("k,kd,ke->de", weights, centred, centred)
+        within = jnp.einsum("k,kde->de", weights, self.covariances())
+        return mean.reshape(self.event_shape), within + between
+
+    def condition(self, operator: Array, y: Array, noise_std: Array) -> "GaussianMixture":
+        """The oracle of p(x0 | y) for a measurement y = A x0 + noise_std * n, n ~ N(0, I).
+
+        A mixture's posterior is a mixture: its denoiser is the exact E[x0 | x_t, y].
+
+        Args:
+            operator: A, `(m, d)`, acting on the flattened example.
+            y: `(m,)`.
+            noise_std: scalar > 0.
+        """
+        means, covariances = self.means.reshape(self.means.shape[0], -1), self.covariances()
+
+        def update(mean, covariance):
+            evidence = operator @ covariance @ operator.T + noise_std**2 * jnp.eye(y.shape[0])
+            gain = jnp.linalg.solve(evidence, operator @ covariance).T
+            log_evidence = jax.scipy.stats.multivariate_normal.logpdf(y, operator @ mean, evidence)
+            posterior = covariance - gain @ operator @ covariance
+            return mean + gain @ (y - operator @ mean), (posterior + posterior.T) / 2, log_evidence
+
+        means, covariances, log_evidence = jax.vmap(update)(means, covariances)
+        log_weights = self.log_weights + log_evidence
+        return _full(
+            self.process,
+            log_weights - jax.nn.logsumexp(log_weights),
+            means.reshape(self.means.shape),
+            covariances,
+            self.labels,
+            self.num_classes,
+        )
+
+
+def _full(process, log_weights, means, covariances, labels, num_classes) -> GaussianMixture:
+    spectrum, basis = jnp.linalg.eigh(covariances)
+    # eigh of a singular covariance returns eigenvalues of order -roundoff.
+    spectrum = jnp.maximum(spectrum, 0.0)
+    isotropic = jnp.zeros(means.shape[0], means.dtype)
+    return GaussianMixture(
+        process, log_weights, means, basis, spectrum, isotropic, labels, num_classes
+    )
+
+
+def _check_mixture(means: Array, weights: ArrayLike | None, labels: ArrayLike | None):
+    count = means.shape[0]
+    weights = jnp.ones(count, means.dtype) if weights is None else jnp.asarray(weights)
+    labels = jnp.zeros(count, jnp.int32) if labels is None else jnp.asarray(labels)
+    for name, value in (("weights", weights), ("labels", labels)):
+        if value.shape != (count,):
+            raise ValueError(
+                f"`{name}` must have one entry per component, shape ({count},), got {value.shape}."
+            )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers, got dtype {labels.dtype}.")
+    num_classes = int(labels.max()) + 1
+    log_weights = jnp.log(weights / weights.sum()).astype(means.dtype)
+    return log_weights, labels.astype(jnp.int32), num_classes
+
+
+def gaussian(process: Process, mean: ArrayLike, covariance: ArrayLike) -> GaussianMixture:
+    """The oracle of N(mean, covariance).
+
+    Args:
+        process: the forward process.
+        mean: `(*event)`.
+        covariance: `(d, d)`, symmetric positive semi-definite, d the size of the event.
+    """
+    return gaussian_mixture(process, jnp.asarray(mean)[None], jnp.asarray(covariance)[None])
+
+
+def gaussian_mixture(
+    process: Process,
+    means: ArrayLike,
+    covariances: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+) -> GaussianMixture:
+    """The oracle of a mixture of K Gaussians with full covariances.
+
+    Args:
+        process: the forward process.
+        means: `(K, *event)`.
+        covariances: `(K, d, d)`, symmetric positive semi-definite.
+        weights: `(K,)`, positive, normalised here; None for equal ones.
+        labels: class of each component, `(K,)` in [0, num_classes); None for a single class.
+
+    Raises:
+        ValueError: if the shapes do not match.
+    """
+    means, covariances = jnp.asarray(means), jnp.asarray(covariances)
+    size = means[0].size
+    if covariances.shape != (means.shape[0], size, size):
+        raise ValueError(
+            f"`covariances` must have shape {(means.shape[0], size, size)} to match `means` of "
+            f"shape {means.shape}, got {covariances.shape}."
+        )
+    log_weights, labels, num_classes = _check_mixture(means, weights, labels)
+    return _full(process, log_weights, means, covariances, labels, num_classes)
+
+
+def low_rank_mixture(
+    process: Process,
+    means: ArrayLike,
+    factors: ArrayLike,
+    *,
+    noise_std: float = 0.0,
+    weights: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+) -> GaussianMixture:
+    """The oracle of a mixture of K Gaussians with covariances F_k F_k^T + noise_std^2 I.
+
+    Costs O(K d r) per call, so d may be the size of an image.
+
+    Args:
+        process: the forward process.
+        means: `(K, *event)`.
+        factors: F_k, `(K, d, r)` with r <= d.
+        noise_std: >= 0; 0 puts the data on K affine subspaces of dimension r.
+        weights: as in `gaussian_mixture`.
+        labels: as in `gaussian_mixture`.
+
+    Raises:
+        ValueError: if the shapes do not match.
+    """
+    means, factors = jnp.asarray(means), jnp.asarray(factors)
+    size = means[0].size
+    if factors.ndim != 3 or factors.shape[:2] != (means.shape[0], size) or factors.shape[2] > size:
+        raise ValueError(
+            f"`factors` must have shape ({means.shape[0]}, {size}, r) with r <= {size} to match "
+            f"`means` of shape {means.shape}, got {factors.shape}."
+        )
+    basis, singular, _ = jnp.linalg.svd(factors, full_matrices=False)
+    isotropic = jnp.full(means.shape[0], noise_std**2, means.dtype)
+    log_weights, labels, num_classes = _check_mixture(means, weights, labels)
+    spectrum = singular**2 + noise_std**2
+    return GaussianMixture(
+        process, log_weights, means, basis, spectrum, isotropic, labels, num_classes
+    )
+
+
+def empirical(
+    process: Process, data: ArrayLike, *, labels: ArrayLike | None = None
+) -> GaussianMixture:
+    """The oracle of a data set: the denoiser that a network of unlimited capacity would learn.
+
+    A mixture of N point masses. Its samples are the training examples themselves.
+
+    Args:
+        process: the forward process.
+        data: `(N, *event)`.
+        labels: class of each example, `(N,)`; None for a single class.
+    """
+    data = jnp.asarray(data)
+    count, size = len(data), data[0].size
+    log_weights, labels, num_classes = _check_mixture(data, None, labels)
+    basis, spectrum = jnp.zeros((count, size, 0), data.dtype), jnp.zeros((count, 0), data.dtype)
+    isotropic = jnp.zeros(count, data.dtype)
+    return GaussianMixture(
+        process, log_weights, data, basis, spectrum, isotropic, labels, num_classes
+    )
+
+
+def gaussian_flow_map(oracle: GaussianMixture, x: Array, t: Array, s: Array) -> Array:
+    """Where the probability-flow ODE carries x from time t to time s, for a single Gaussian.
+
+    x_s = alpha_s m + (alpha_s^2 C + sigma_s^2 I)^{1/2} (alpha_t^2 C + sigma_t^2 I)^{-1/2}
+    (x_t - alpha_t m).
+
+    Args:
+        oracle: one made by `gaussian`.
+        x: the state at time t, `(*event)`.
+        t: scalar time with sigma(t) > 0.
+        s: scalar target time, on either side of t.
+
+    Raises:
+        ValueError: if the oracle has more than one component.
+    """
+    if oracle.means.shape[0] != 1:
+        raise ValueError(
+            "`oracle` must be a single Gaussian, got a mixture of "
+            f"{oracle.means.shape[0]} components: their flow map has no closed form."
+        )
+    process, mean, basis = oracle.process, oracle.means[0].reshape(-1), oracle.basis[0]
+
+    def deviation(variance, time):
+        return jnp.sqrt(process.alpha(time) ** 2 * variance + process.sigma(time) ** 2)
+
+    def ratio(variance):
+        return deviation(variance, s) / deviation(variance, t)
+
+    offset = x.reshape(-1) - process.alpha(t) * mean
+    inside = basis.T @ offset
+    moved = basis @ (ratio(oracle.spectrum[0]) * inside)
+    moved += ratio(oracle.isotropic[0]) * (offset - basis @ inside)
+    return (process.alpha(s) * mean + moved).reshape(x.shape)

@@ -1,0 +1,98 @@
+"""Meshes and sharding: the only module that knows devices.
+
+A mesh has the axes data, fsdp and tensor, all of type Auto: jit propagates shardings from its
+arguments, and these functions place the arguments.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(
+    data: int | None = None,
+    *,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over all devices, or the given ones.
+
+    Args:
+        data: devices along the data axis; None for all that remain.
+        fsdp: devices over which weights are split.
+        tensor: devices over which single layers are split.
+        devices: devices to use.
+
+    Raises:
+        ValueError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    rest = fsdp * tensor
+    data = len(devices) // rest if data is None else data
+    if data * rest != len(devices):
+        raise ValueError(
+            f"`data` * `fsdp` * `tensor` must be the number of devices, {len(devices)}; got "
+            f"{data} * {fsdp} * {tensor}. Pass fewer devices, or other axes."
+        )
+    return jax.make_mesh((data, fsdp, tensor), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Place a batch on the mesh, its leading axis split over data and fsdp.
+
+    With several processes, `batch` is this process's part of the global batch.
+
+    Raises:
+        ValueError: if the leading axis is not divisible by the number of devices.
+    """
+    sharding = batch_sharding(mesh)
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    for leaf in jax.tree.leaves(batch):
+        size = np.shape(leaf)[0] * jax.process_count()
+        if size % count:
+            raise ValueError(
+                f"The batch size must be divisible by the {count} devices it is split over, got "
+                f"{size}. Use a multiple of {count}, or a mesh of fewer devices."
+            )
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+    )
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copy every array to every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard_params(tree: PyTree, mesh: Mesh, *, min_size: int = 2**12) -> PyTree:
+    """Split large arrays over the fsdp axis, and replicate the rest.
+
+    Each array of at least `min_size` elements is split along its largest axis that the fsdp
+    axis divides.
+
+    Args:
+        tree: weights, optimiser state, or a whole `TrainState`.
+        mesh: the mesh.
+        min_size: arrays smaller than this are replicated.
+    """
+    count = mesh.shape["fsdp"]
+
+    def place(leaf):
+        divisible = [axis for axis, size in enumerate(leaf.shape) if size % count == 0]
+        spec = [None] * leaf.ndim
+        if leaf.size >= min_size and divisible:
+            spec[max(divisible, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,173 @@
+"""Players and the training step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._tree import check_key, traced_floats
+from jaxdiff.training._ema import EMA
+
+
+def _network(model: Any) -> Any:
+    return model.network
+
+
+class Player(eqx.Module):
+    """A model that learns: what it minimises, and how.
+
+    Args:
+        model: any pytree, usually a `NetworkDenoiser`.
+        loss: `loss(model, key, batch, frozen) -> (scalar, metrics)`; `frozen` holds the other
+            players' current models and the constants, by name.
+        optimizer: an optax transformation; gradient clipping (`optax.chain`) and accumulation
+            (`optax.MultiSteps`) are its business.
+        ema: average of the weights, or None. Updated at every update of the player; with
+            `optax.MultiSteps` that is every micro-step, so count its decay in those.
+        every: update only at steps divisible by this.
+        trainable: which part of the model learns, `model -> subtree`. Everything else, such as
+            the constants of a noise schedule, never changes.
+    """
+
+    model: PyTree
+    loss: Callable[..., tuple[Array, dict[str, Array]]]
+    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    ema: EMA | None = None
+    every: int = eqx.field(static=True, default=1)
+    trainable: Callable[[PyTree], PyTree] = eqx.field(static=True, default=_network)
+
+
+class PlayerState(eqx.Module):
+    """A player's model, its optimiser's state, and the averages of its weights."""
+
+    model: PyTree
+    opt_state: PyTree
+    averages: list[PyTree]
+
+    def averaged(self, trainable: Callable[[PyTree], PyTree] = _network, index: int = 0) -> PyTree:
+        """The model with its averaged weights, as one samples from it."""
+        if not self.averages:
+            return self.model
+        return eqx.tree_at(trainable, self.model, self.averages[index])
+
+
+class TrainState(eqx.Module):
+    """All of a training run that changes: step, key, and every player."""
+
+    step: Array
+    key: PRNGKeyArray
+    players: dict[str, PlayerState]
+
+
+def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainState:
+    """The state before the first step. Copies the models, since training donates its state.
+
+    Raises:
+        TypeError: if `key` is not a typed key.
+    """
+    check_key(key)
+    return jax.tree.map(
+        lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf,
+        TrainState(
+            jnp.zeros((), jnp.int32),
+            key,
+            {name: _init_player(player) for name, player in players.items()},
+        ),
+    )
+
+
+def _init_player(player: Player) -> PlayerState:
+    model = traced_floats(player.model)
+    params = player.trainable(model)
+    averages = player.ema.init(params) if player.ema else []
+    return PlayerState(model, player.optimizer.init(params), averages)
+
+
+def _update(player: Player, state: PlayerState, loss, ema, key, batch, frozen, step):
+    """One update of one player."""
+    params = player.trainable(state.model)
+
+    def objective(params):
+        model = eqx.tree_at(player.trainable, state.model, params)
+        return loss(model, key, batch, frozen)
+
+    (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    updates, opt_state = player.optimizer.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    averages = state.averages
+    if ema is not None:
+        averages = ema.update(averages, params, (step // player.every + 1).astype(jnp.float32))
+    metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+    model = eqx.tree_at(player.trainable, state.model, params)
+    return PlayerState(model, opt_state, averages), metrics
+
+
+def make_train_step(
+    players: dict[str, Player],
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """One compiled training step over all players.
+
+    `step(state, batch, constants=None) -> (state, metrics)`. Pure; `state` is donated, so keep
+    only the returned one. Models, losses' numbers, batch and constants are all arguments of the
+    program: new values never recompile it. Its randomness is `fold_in(state.key, state.step)`.
+
+    Players are updated in the order given, each seeing the current models of the others, those
+    before it already updated. Metrics are the loss, the norm of its gradient and the loss's own,
+    named "player/metric" if there are several players.
+
+    Args:
+        players: `{name: Player}`, the ones `init_train_state` was given.
+    """
+    losses = {name: traced_floats(player.loss) for name, player in players.items()}
+    emas = {name: traced_floats(player.ema) for name, player in players.items()}
+    static = {
+        name: Player(None, None, p.optimizer, None, p.every, p.trainable)
+        for name, p in players.items()
+    }
+
+    @eqx.filter_jit(donate="all-except-first")
+    def run(inputs, state: TrainState):
+        losses, emas, batch, constants = inputs
+        key = jax.random.fold_in(state.key, state.step)
+        states, metrics = dict(state.players), {}
+        for index, (name, player) in enumerate(static.items()):
+            models = {other: s.model for other, s in states.items() if other != name}
+            args = (
+                losses[name],
+                emas[name],
+                jax.random.fold_in(key, index),
+                batch,
+                {**constants, **models},
+                state.step,
+            )
+            update = eqx.Partial(_update, player)
+            if player.every == 1:
+                states[name], own = update(states[name], *args)
+            else:
+                states[name], own = _sometimes(update, player.every, states[name], args)
+            prefix = f"{name}/" if len(static) > 1 else ""
+            metrics |= {prefix + key: value for key, value in own.items()}
+        return TrainState(state.step + 1, state.key, states), metrics
+
+    def step(state: TrainState, batch: PyTree, constants: dict[str, PyTree] | None = None):
+        return run((losses, emas, batch, traced_floats(constants or {})), state)
+
+    return step
+
+
+def _sometimes(update, every, state, args):
+    """`update` at steps divisible by `every`; else the state as it is, and metrics of zero."""
+    arrays, rest = eqx.partition(state, eqx.is_array)
+
+    def act(arrays):
+        state, metrics = update(eqx.combine(arrays, rest), *args)
+        return eqx.filter(state, eqx.is_array), metrics
+
+    shapes = jax.eval_shape(act, arrays)[1]
+    idle = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    arrays, metrics = jax.lax.cond(args[-1] % every == 0, act, lambda a: (a, idle), arrays)
+    return eqx.combine(arrays, rest), metrics

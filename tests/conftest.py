@@ -1,0 +1,17 @@
+"""Eight virtual CPU devices, so that every test may shard; float32 unless a test asks for more."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """Run one test in double precision, where it proves something."""
+    with jax.enable_x64(True):
+        yield
