@@ -1,0 +1,1 @@
+"""Runnable recipes: `python -m train.pretrain`, `python -m train.sample`."""

@@ -24,6 +24,9 @@ class ConvClassifier(nnx.Module):
         dropout: dropout rate on the features.
         param_dtype: dtype of the weights.
         rngs: initialisation keys.
+
+    Raises:
+        ValueError: if `image_size` is odd.
     """
 
     def __init__(
@@ -38,8 +41,11 @@ class ConvClassifier(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if image_size % 2:
+            raise ValueError(f"`image_size` must be divisible by 2, got {image_size}.")
         kinds = {"param_dtype": param_dtype, "rngs": rngs}
-        self.rate = dropout
+        self.shape = (image_size, image_size, in_channels)
+        self.rate, self.num_classes = dropout, num_classes
         widths = [in_channels, channels, channels, 2 * channels, 2 * channels]
         self.convs = nnx.List(
             nnx.Conv(a, b, (3, 3), **kinds) for a, b in zip(widths[:-1], widths[1:], strict=True)
@@ -51,7 +57,16 @@ class ConvClassifier(nnx.Module):
     def __call__(
         self, x: Array, *, key: PRNGKeyArray | None = None, tap: Tap | None = None
     ) -> Array:
-        """Logits `(num_classes,)` of one example `(H, W, C)`."""
+        """Logits `(num_classes,)` of one example `(H, W, C)`; no key, no dropout.
+
+        Raises:
+            ValueError: if x has another shape.
+        """
+        if x.shape != self.shape:
+            raise ValueError(
+                f"`x` must be one example of shape {self.shape}, got {x.shape}. "
+                "Use jax.vmap for a batch."
+            )
         tap = Tap() if tap is None else tap
         h = x
         for i, conv in enumerate(self.convs):

@@ -83,6 +83,9 @@ class DiT(nnx.Module):
         param_dtype: dtype of the weights.
         rngs: initialisation keys.
 
+    Raises:
+        ValueError: if `image_size`, `patch_size`, `hidden` and `num_heads` do not fit.
+
     Reference: Peebles, Xie, "Scalable Diffusion Models with Transformers", 2022,
     arXiv 2212.09748, section 3. The time embedding has `hidden` sinusoidal features (there 256).
     """
@@ -147,9 +150,10 @@ class DiT(nnx.Module):
             )
         tap = Tap() if tap is None else tap
         p, grid = self.patch_size, self.image_size // self.patch_size
-        emb = self.embedding(t, cond)
         patches = x.reshape(grid, p, grid, p, -1).transpose(0, 2, 1, 3, 4).reshape(grid**2, -1)
         h = self.patches(patches)
+        # A noise label of wider dtype than x must not widen the whole network.
+        emb = self.embedding(t, cond).astype(h.dtype)
         h = tap("patches", h + position_embedding(grid, grid, self.hidden, h.dtype))
         for i, block in enumerate(self.blocks):
 

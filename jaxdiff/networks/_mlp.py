@@ -35,7 +35,7 @@ class MLP(nnx.Module):
 
     Args:
         features: size d of the example, which is `(d,)`.
-        hidden: width.
+        hidden: width, even.
         num_blocks: number of residual blocks.
         num_classes: number of classes, or None.
         dropout: dropout rate in the blocks.
@@ -44,6 +44,9 @@ class MLP(nnx.Module):
         dtype: compute dtype; None follows the input and the weights.
         param_dtype: dtype of the weights.
         rngs: initialisation keys.
+
+    Raises:
+        ValueError: if `hidden` is odd or below 4.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class MLP(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if hidden < 4 or hidden % 2:
+            raise ValueError(f"`hidden` must be even and at least 4, got {hidden}.")
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.features = features
         self.remat = remat
@@ -89,8 +94,9 @@ class MLP(nnx.Module):
                 "Use jax.vmap for a batch."
             )
         tap = Tap() if tap is None else tap
-        emb = self.embedding(t, cond)
         h = self.first(x)
+        # A noise label of wider dtype than x must not widen the whole network.
+        emb = self.embedding(t, cond).astype(h.dtype)
         for i, block in enumerate(self.blocks):
 
             def run(tap, block, h, emb, key, i=i):

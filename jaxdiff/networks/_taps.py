@@ -11,6 +11,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 
@@ -37,7 +38,7 @@ class Tap:
         """The activation as the network should go on with it."""
         self.names.append(name)
         if name in self.edits:
-            value = self.edits[name](value)
+            value = _edited(self.edits[name], name, value)
         if name in self.wanted:
             self.values[name] = value
         return value
@@ -60,23 +61,43 @@ class Tap:
             )
 
 
+def _edited(edit: Callable[[Array], Array], name: str, value: Array) -> Array:
+    edited = jnp.asarray(edit(value))
+    if edited.shape != value.shape:
+        raise ValueError(
+            f"`edits[{name!r}]` must return an activation of the shape {value.shape} it was "
+            f"given, got {edited.shape}."
+        )
+    return edited.astype(value.dtype)
+
+
+def _as_pytrees(edits: dict[str, Callable]) -> dict[str, Callable]:
+    # A plain function is no JAX type; as a Partial it crosses jax.jit as structure.
+    return {
+        name: jax.tree_util.Partial(edit) if jax.tree_util.all_leaves([edit]) else edit
+        for name, edit in edits.items()
+    }
+
+
 class EditedNetwork(eqx.Module):
     """A network some of whose activations are edited or replaced.
 
     Itself a network: it can be edited again, read, or put into a `NetworkDenoiser`. Edits see
-    one example's activation. An edit that is an `equinox.Module` keeps its numbers as leaves,
-    so that changing them does not recompile.
+    one example's activation, and must keep its shape; the result is cast to its dtype. An edit
+    that is an `equinox.Module` keeps its arrays as leaves, so that changing them does not
+    recompile; a plain function is part of the structure.
 
     Args:
         network: any network with taps.
         edits: `{tap name: function from activation to activation}`.
 
     Raises:
-        ValueError: when called, if the network has no tap of that name; lists those it has.
+        ValueError: when called, if the network has no tap of that name (lists those it has),
+            or if an edit changes the shape.
     """
 
     network: Callable[..., Array]
-    edits: dict[str, Callable[[Array], Array]]
+    edits: dict[str, Callable[[Array], Array]] = eqx.field(converter=_as_pytrees)
 
     def __call__(
         self,
@@ -147,7 +168,14 @@ def read_taps(
 def tap_names(
     network: Callable[..., Array], x: Array, t: Array, cond: PyTree = None
 ) -> tuple[str, ...]:
-    """Names of a network's taps, in the order in which it meets them. Computes nothing."""
+    """Names of a network's taps, in the order in which it meets them.
+
+    Computes nothing: network and example may hold shapes only (`jax.ShapeDtypeStruct`).
+    """
     tap = Tap()
-    eqx.filter_eval_shape(lambda x, t, cond: network(x, t, cond, tap=tap), x, t, cond)
+
+    def run(network, x, t, cond):
+        return network(x, t, cond, tap=tap)
+
+    eqx.filter_eval_shape(run, network, x, t, cond)
     return tuple(tap.names)

@@ -87,6 +87,11 @@ class AttentionBlock(nnx.Module):
     """norm, self-attention over pixels, projection, plus the skip."""
 
     def __init__(self, channels: int, num_heads: int, *, skip_scale: float, **kinds: Any):
+        if num_heads < 1 or channels % num_heads:
+            raise ValueError(
+                f"`num_heads` must divide the {channels} channels of an attention block, got "
+                f"{num_heads}. Choose another `num_heads` (or `head_channels`)."
+            )
         self.num_heads, self.skip_scale = num_heads, skip_scale
         self.norm = GroupNorm(channels, **kinds)
         self.qkv = nnx.Linear(channels, 3 * channels, **kinds)
@@ -109,11 +114,13 @@ class Stage(nnx.Module):
     def __call__(
         self, tap: Tap, name: str, h: Array, emb: Array, key: PRNGKeyArray | None
     ) -> Array:
-        """The stage's output. Taps: name, and name.attn with its parts."""
+        """The stage's output. Taps: name, and name.attn with its parts ("mid.attn" for mid.0)."""
         plain = isinstance(self.block, nnx.Conv)
         h = self.block(h) if plain else self.block(h, emb, key)
         if self.attention is not None:
-            h = self.attention(h, f"{name}.attn", tap)
+            # The middle has one attention, and the field calls it so.
+            prefix = "mid" if name == "mid.0" else name
+            h = self.attention(h, f"{prefix}.attn", tap)
         return tap(name, h)
 
 
@@ -122,11 +129,11 @@ class UNet(nnx.Module):
 
     Taps, in the order they are met: "in"; "down.i.j" (level i, block j) and "down.i.resample";
     "mid.0", "mid" (the h-space); "up.i.j" and "up.i.resample". The attention of a stage is
-    "<stage>.attn" (in the middle, "mid.0.attn") with ".q", ".k", ".v", ".weights"
+    "<stage>.attn" (in the middle, "mid.attn") with ".q", ".k", ".v", ".weights"
     (`(heads, n, n)`).
 
     Args:
-        channels: base width.
+        channels: base width, even.
         in_channels: channels of the example.
         out_channels: channels of the output; None for `in_channels`, `2 * in_channels` for
             learned variances.
@@ -146,6 +153,9 @@ class UNet(nnx.Module):
         dtype: compute dtype, e.g. bfloat16; None follows the input and the weights.
         param_dtype: dtype of the weights.
         rngs: initialisation keys.
+
+    Raises:
+        ValueError: if sizes do not divide as required, or `resample` is unknown.
 
     Reference: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020,
     arXiv 2006.11239, appendix B; Dhariwal, Nichol, "Diffusion Models Beat GANs on Image
@@ -181,6 +191,10 @@ class UNet(nnx.Module):
                 f"`image_size` must be divisible by {2 ** (levels - 1)} for {levels} resolution "
                 f"levels, got {image_size}. Pad the images or give fewer `channel_mults`."
             )
+        if channels < 4 or channels % 2:
+            raise ValueError(f"`channels` must be even and at least 4, got {channels}.")
+        if resample not in ("conv", "block"):
+            raise ValueError(f'`resample` must be "conv" or "block", got {resample!r}.')
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         skip_scale = 0.5**0.5 if skip_rescale else 1.0
         emb_size = 4 * channels
@@ -190,6 +204,11 @@ class UNet(nnx.Module):
             return ResBlock(cin, cout, emb_size, resample=kind, **options, **kinds)
 
         def attention(c):
+            if head_channels and c % head_channels:
+                raise ValueError(
+                    f"`head_channels` must divide the {c} channels of an attention block, got "
+                    f"{head_channels}."
+                )
             heads = c // head_channels if head_channels else num_heads
             return AttentionBlock(c, heads, skip_scale=skip_scale, **kinds)
 
@@ -260,7 +279,9 @@ class UNet(nnx.Module):
                 "Use jax.vmap for a batch."
             )
         tap = Tap() if tap is None else tap
-        emb = self.embedding(t, cond)
+        h = self.conv_in(x)
+        # A noise label of wider dtype than x must not widen the whole network.
+        emb = self.embedding(t, cond).astype(h.dtype)
         count = 0
 
         def run(stage, name, h):
@@ -273,7 +294,7 @@ class UNet(nnx.Module):
 
             return tap.checkpoint(call, *args) if self.remat else call(tap, *args)
 
-        h = tap("in", self.conv_in(x))
+        h = tap("in", h)
         skips = [h]
         for i, level in enumerate(self.down):
             for j, stage in enumerate(level):

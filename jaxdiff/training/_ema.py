@@ -132,7 +132,9 @@ def reconstruct_ema(
     weights /= weights.sum()
 
     def combine(*leaves: Any) -> Array:
-        total = sum(w * np.asarray(leaf, np.float64) for w, leaf in zip(weights, leaves, strict=True))
+        total = sum(
+            w * np.asarray(leaf, np.float64) for w, leaf in zip(weights, leaves, strict=True)
+        )
         return jnp.asarray(total.astype(leaves[0].dtype))
 
     return jax.tree.map(combine, *(s[2] for s in snapshots))

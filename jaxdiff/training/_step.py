@@ -101,7 +101,7 @@ def _update(player: Player, state: PlayerState, loss, ema, key, batch, frozen, s
     averages = state.averages
     if ema is not None:
         averages = ema.update(averages, params, (step // player.every + 1).astype(jnp.float32))
-    metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
     model = eqx.tree_at(player.trainable, state.model, params)
     return PlayerState(model, opt_state, averages), metrics
 
