@@ -1,11 +1,13 @@
 """Small shared pieces: numbers as pytree leaves, and the checks every entry point makes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 
@@ -24,6 +26,34 @@ def number(default: float) -> Any:
 def traced_floats(tree: PyTree) -> PyTree:
     """Turn Python-float leaves into weakly typed arrays, so that jit traces them."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, tree)
+
+
+def jit(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """`jax.jit` for arguments that hold more than arrays.
+
+    Arrays and Python floats are traced, so changing a number never recompiles; every other leaf
+    (functions, dtypes, flags) is static and must be hashable. Unlike `equinox.filter_jit`, does
+    not wait for the result.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def compiled(static, arrays):
+        structure, rest = static
+        arrays = iter(arrays)
+        leaves = [next(arrays) if leaf is None else leaf for leaf in rest]
+        return fn(*jax.tree.unflatten(structure, leaves))
+
+    @functools.wraps(fn)
+    def call(*args):
+        leaves, structure = jax.tree.flatten(traced_floats(args))
+        is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
+        arrays = [leaf for leaf, traced in zip(leaves, is_array, strict=True) if traced]
+        rest = tuple(
+            None if traced else leaf for leaf, traced in zip(leaves, is_array, strict=True)
+        )
+        return compiled((structure, rest), arrays)
+
+    return call
 
 
 def derivative(fn: Callable[[Array], Array], t: Array) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_key, traced_floats
+from jaxdiff._tree import check_key, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import DiffusionSolver, GridSteps, Problem
@@ -66,7 +66,7 @@ def _batched(fn: Callable, batch_size: int | None) -> Callable:
     return lambda *args: jax.lax.map(lambda arg: fn(*arg), args, batch_size=batch_size)
 
 
-@eqx.filter_jit
+@jit
 def _sample(key, indices, cond, denoiser, times, solver, controller, adjoint, shape, dtype, batch):
     def one(index, cond):
         example_key = jax.random.fold_in(key, index)
@@ -78,7 +78,7 @@ def _sample(key, indices, cond, denoiser, times, solver, controller, adjoint, sh
     return _batched(one, batch)(indices, cond)
 
 
-@eqx.filter_jit
+@jit
 def _solve(key, indices, x, cond, denoiser, times, solver, controller, adjoint, batch, direction):
     def one(index, x, cond):
         path_key = None if key is None else jax.random.fold_in(key, index)
@@ -168,7 +168,6 @@ def sample(
     if sharding is not None:
         indices, cond = jax.device_put((indices, cond), sharding)
     dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
-    denoiser, solver = traced_floats((denoiser, solver))
     return _sample(
         key, indices, cond, denoiser, times, solver, stepsize_controller, adjoint,
         tuple(shape), dtype, batch_size,
@@ -254,7 +253,6 @@ def denoise(
 def _run(key, denoiser, x, cond, solver, times, batch_size, controller, adjoint, direction):
     _check_controller(solver, controller)
     _check_cond(cond, x.shape[0])
-    denoiser, solver = traced_floats((denoiser, solver))
     indices = jnp.arange(x.shape[0])
     return _solve(
         key, indices, x, cond, denoiser, times, solver, controller, adjoint, batch_size, direction

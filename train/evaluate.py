@@ -78,9 +78,9 @@ def load_classifier(config: cfg.Config, source: ArraySource) -> networks.ConvCla
     player = Player(classifier, classifier_loss, optimizer, trainable=lambda model: model)
     state = init_train_state({"classifier": player}, jax.random.key(config.seed))
     store = CheckpointStore(Path(config.run_dir) / "classifier", keep=1)
-    restored = store.restore_latest(state)
+    restored = store.restore_latest(state.unpack())
     if restored is not None:
-        state = restored[0]
+        state = TrainState.pack(**restored[0])
     state = fit(
         make_train_step({"classifier": player}),
         state,

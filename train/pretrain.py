@@ -47,9 +47,10 @@ def main(config: cfg.Config) -> TrainState:
         state = parallel.replicate(state, mesh)
     batches = iter(make_loader(source, config.batch_size, seed=config.seed, flip=config.data.flip))
     run_dir.mkdir(parents=True, exist_ok=True)
-    restored = store.restore_latest(state)
+    restored = store.restore_latest(state.unpack())
     if restored is not None:
-        state, data_state, _ = restored
+        unpacked, data_state, _ = restored
+        state = TrainState.pack(**unpacked)
         batches.set_state(data_state)
         print(f"Going on from step {int(state.step)} of {config.steps} in {run_dir}.")
     write_json(run_dir / "config.json", cfg.to_json(config))

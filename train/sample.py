@@ -61,11 +61,10 @@ def load_run(run_dir: str, data_path: str | None = None):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
     source = cfg.build_source(config.data)
     template = init_train_state({"model": cfg.build_player(config, source)}, jax.random.key(0))
-    restored = CheckpointStore(Path(run_dir) / "checkpoints").restore_latest(template)
+    restored = CheckpointStore(Path(run_dir) / "checkpoints").restore_latest(template.unpack())
     if restored is None:
         raise ValueError(f"The run in {run_dir} has no checkpoint yet. Train it first.")
-    state: TrainState = restored[0]
-    return config, source, state
+    return config, source, TrainState.pack(**restored[0])
 
 
 def main(options: Options) -> None:

@@ -26,14 +26,14 @@ def npz(path, *, num_classes: int | None = None) -> ArraySource:
     """
     path = check_exists(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("x", "cond", "label") if name in file}
-            names = sorted(file)
-    # A plain .npy array is no context manager (TypeError, or AttributeError in older Python).
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zlib.error) as error:
-        raise _unreadable(path, error) from None
-    except zipfile.BadZipFile as error:
-        raise _unreadable(path, error) from None
+        # Opened here, because NumPy leaves a damaged archive open.
+        with path.open("rb") as stream:
+            names, arrays = _load(stream)
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"`path` must be an .npz file of plain arrays, but {str(path)!r} cannot be read "
+            f"({error}). Save it with np.savez(path, x=images, cond=labels)."
+        ) from None
     if "x" not in arrays or {"cond", "label"} <= arrays.keys():
         raise ValueError(
             f"{str(path)!r} must hold the array `x` and at most one of `cond` and `label`, got "
@@ -44,8 +44,8 @@ def npz(path, *, num_classes: int | None = None) -> ArraySource:
     )
 
 
-def _unreadable(path, error: Exception) -> ValueError:
-    return ValueError(
-        f"`path` must be an .npz file of plain arrays, but {str(path)!r} cannot be read ({error}). "
-        "Save it with np.savez(path, x=images, cond=labels)."
-    )
+def _load(stream) -> tuple[list[str], dict[str, np.ndarray]]:
+    file = np.load(stream, allow_pickle=False)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array")
+    return sorted(file), {name: file[name] for name in ("x", "cond", "label") if name in file}

@@ -45,10 +45,16 @@ class Tap:
 
     def checkpoint(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`jax.checkpoint` of `fn(tap, *args)`."""
-        inner = Tap(self.edits, self.wanted)
-        out, values = jax.checkpoint(lambda *args: (fn(inner, *args), inner.values))(*args)
+
+        def run(*args):
+            # Made inside, so that nothing outside holds on to the inner trace's values.
+            inner = Tap(self.edits, self.wanted)
+            out = fn(inner, *args)
+            self.names += inner.names
+            return out, inner.values
+
+        out, values = jax.checkpoint(run)(*args)
         self.values |= values
-        self.names += inner.names
         return out
 
     def check(self, argument: str) -> None:

@@ -123,7 +123,7 @@ def fit(
 
     def save():
         if store is not None:
-            store.save(state, step=index, data_state=batches.get_state(), config=config)
+            store.save(state.unpack(), step=index, data_state=batches.get_state(), config=config)
 
     with _signals(received):
         while index < num_steps:

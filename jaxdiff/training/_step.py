@@ -1,5 +1,6 @@
 """Players and the training step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import check_key, traced_floats
 from jaxdiff.training._ema import EMA
+
+
+def _arrays(state: "TrainState") -> tuple:
+    return state.step, state.key, state.arrays
 
 
 def _network(model: Any) -> Any:
@@ -56,11 +61,39 @@ class PlayerState(eqx.Module):
 
 
 class TrainState(eqx.Module):
-    """All of a training run that changes: step, key, and every player."""
+    """All of a training run that changes: step, key, and every player.
+
+    The players are held as a flat list of arrays, because taking apart and rebuilding a network
+    of hundreds of layers costs more Python than a step on an accelerator takes. `players`
+    rebuilds them; `unpack` and `pack` convert to and from a plain dict, e.g. for checkpoints.
+    """
 
     step: Array
     key: PRNGKeyArray
-    players: dict[str, PlayerState]
+    arrays: list[Array]
+    structure: Any = eqx.field(static=True)
+    rest: tuple[Any, ...] = eqx.field(static=True)
+
+    @classmethod
+    def pack(
+        cls, *, step: Array, key: PRNGKeyArray, players: dict[str, PlayerState]
+    ) -> "TrainState":
+        """The state of these parts."""
+        leaves, structure = jax.tree.flatten(players)
+        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+        rest = tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves)
+        return cls(step, key, arrays, structure, rest)
+
+    @property
+    def players(self) -> dict[str, PlayerState]:
+        """Every player's state, rebuilt."""
+        arrays = iter(self.arrays)
+        leaves = [next(arrays) if leaf is None else leaf for leaf in self.rest]
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def unpack(self) -> dict[str, Any]:
+        """`{"step": ..., "key": ..., "players": {name: PlayerState}}`."""
+        return {"step": self.step, "key": self.key, "players": self.players}
 
 
 def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainState:
@@ -70,14 +103,12 @@ def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainStat
         TypeError: if `key` is not a typed key.
     """
     check_key(key)
-    return jax.tree.map(
-        lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf,
-        TrainState(
-            jnp.zeros((), jnp.int32),
-            key,
-            {name: _init_player(player) for name, player in players.items()},
-        ),
+    state = TrainState.pack(
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        players={name: _init_player(player) for name, player in players.items()},
     )
+    return jax.tree.map(jnp.array, state)
 
 
 def _init_player(player: Player) -> PlayerState:
@@ -122,23 +153,25 @@ def make_train_step(
     Args:
         players: `{name: Player}`, the ones `init_train_state` was given.
     """
-    losses = {name: traced_floats(player.loss) for name, player in players.items()}
-    emas = {name: traced_floats(player.ema) for name, player in players.items()}
+    numbers, fixed = eqx.partition(
+        {name: (traced_floats(p.loss), traced_floats(p.ema)) for name, p in players.items()},
+        eqx.is_array,
+    )
     static = {
         name: Player(None, None, p.optimizer, None, p.every, p.trainable)
         for name, p in players.items()
     }
 
-    @eqx.filter_jit(donate="all-except-first")
-    def run(inputs, state: TrainState):
-        losses, emas, batch, constants = inputs
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def run(static_constants, state: TrainState, numbers, batch, constants):
+        constants = eqx.combine(constants, jax.tree.unflatten(*static_constants))
+        rules = eqx.combine(numbers, fixed)
         key = jax.random.fold_in(state.key, state.step)
-        states, metrics = dict(state.players), {}
+        states, metrics = state.players, {}
         for index, (name, player) in enumerate(static.items()):
             models = {other: s.model for other, s in states.items() if other != name}
             args = (
-                losses[name],
-                emas[name],
+                *rules[name],
                 jax.random.fold_in(key, index),
                 batch,
                 {**constants, **models},
@@ -150,11 +183,16 @@ def make_train_step(
             else:
                 states[name], own = _sometimes(update, player.every, states[name], args)
             prefix = f"{name}/" if len(static) > 1 else ""
-            metrics |= {prefix + key: value for key, value in own.items()}
-        return TrainState(state.step + 1, state.key, states), metrics
+            metrics |= {prefix + metric: value for metric, value in own.items()}
+        return TrainState.pack(step=state.step + 1, key=state.key, players=states), metrics
 
+    # Only what the compiled program returns is rebuilt; its structure never changes, so that
+    # keeping the first one's makes later comparisons of structures a comparison of identity.
     def step(state: TrainState, batch: PyTree, constants: dict[str, PyTree] | None = None):
-        return run((losses, emas, batch, traced_floats(constants or {})), state)
+        arrays, rest = eqx.partition(traced_floats(constants or {}), eqx.is_array)
+        leaves, structure = jax.tree.flatten(rest)
+        after, metrics = run((structure, tuple(leaves)), state, numbers, batch, arrays)
+        return TrainState(*_arrays(after), state.structure, state.rest), metrics
 
     return step
 

@@ -71,7 +71,7 @@ def test_eight_gaussians_are_isotropic():
     x = np.asarray(eight_gaussians(jax.random.key(0), N, noise=0.1), np.float64)
     check_mean(x[:, 0] ** 2, 1 + 0.01)
     check_mean(x[:, 1] ** 2, 1 + 0.01)
-    # The eighth power of a root of unity is one: with E exp of the noise's growth, 2^4 in all.
+    # Isotropic noise leaves E z^8 = c^8 for each centre c, and every c^8 is 2^4.
     check_mean(((x[:, 0] + 1j * x[:, 1]) ** 8).real, 2**4)
 
 

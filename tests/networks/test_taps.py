@@ -9,16 +9,11 @@ from scipy.special import softmax
 from jaxdiff.networks import MLP, DiT, EditedNetwork, UNet, read_taps, tap_names
 
 
-def perturbed(build, seed=0):
-    """The network with all weights moved off their (partly zero) initial values."""
-
-    def make():
-        leaves, structure = jax.tree.flatten(build())
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        moved = [w + 0.1 * jax.random.normal(k, w.shape, w.dtype) for w, k in zip(leaves, keys)]
-        return jax.tree.unflatten(structure, moved)
-
-    return jax.jit(make)()
+def with_random_weights(build, seed=0):
+    """The network with all weights drawn, also those that start at zero."""
+    rng = np.random.default_rng(seed)
+    shapes = nnx.eval_shape(build)
+    return jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), shapes)
 
 
 def unet(remat, **options):
@@ -44,7 +39,7 @@ def dit(remat, **options):
 @pytest.fixture(scope="module")
 def networks():
     return {
-        (name, remat): perturbed(lambda: build(remat))  # noqa: B023
+        (name, remat): with_random_weights(lambda: build(remat))  # noqa: B023
         for name, build in (("unet", unet), ("dit", dit))
         for remat in (False, True)
     }
@@ -149,11 +144,11 @@ def test_edits_nest_inner_first(networks):
     network = networks["dit", True]
     inner = EditedNetwork(network, {"block.0": Add(jnp.float32(1.0)), "patches": jnp.negative})
     outer = EditedNetwork(inner, {"block.0": lambda h: 3 * h})
-    at_once = EditedNetwork(
-        network, {"block.0": lambda h: 3 * (h + 1), "patches": lambda h: -h}
-    )
+    at_once = EditedNetwork(network, {"block.0": lambda h: 3 * (h + 1), "patches": lambda h: -h})
     read = jax.jit(lambda n, x: read_taps(n, ["block.0", "block.1"], x, T))
-    for a, b in zip(jax.tree.leaves(read(outer, X)), jax.tree.leaves(read(at_once, X)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(read(outer, X)), jax.tree.leaves(read(at_once, X)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -179,7 +174,7 @@ def test_an_edits_numbers_are_leaves_and_do_not_retrace(networks, remat):
 @pytest.mark.usefixtures("x64")
 @BOTH
 def test_derivatives_through_reading_and_editing(remat):
-    network = perturbed(lambda: dit(remat, param_dtype=jnp.float64))
+    network = with_random_weights(lambda: dit(remat, param_dtype=jnp.float64))
     x = X.astype(jnp.float64)
 
     @jax.jit
@@ -212,9 +207,9 @@ def test_reading_is_pure_under_every_transformation(networks):
         one = jax.jit(lambda n, x: read_taps(n, names, x, T))
         many = jax.jit(lambda n, xs: jax.vmap(lambda x: read_taps(n, names, x, T))(xs))
         batch = many(network, xs)
-    loop = [one(network, x) for x in xs]
-    for a, b in zip(jax.tree.leaves(batch), zip(*map(jax.tree.leaves, loop)), strict=True):
-        np.testing.assert_allclose(a, jnp.stack(b), rtol=1e-5, atol=1e-5)
+    loop = jax.tree.map(lambda *values: jnp.stack(values), *(one(network, x) for x in xs))
+    for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(loop), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @BOTH
@@ -230,7 +225,7 @@ def test_unknown_names_are_reported_with_the_taps_there_are(networks, remat):
 
 
 def test_edits_keep_shape_and_dtype():
-    network = perturbed(lambda: dit(False, dtype=jnp.bfloat16))
+    network = with_random_weights(lambda: dit(False, dtype=jnp.bfloat16))
     edited = EditedNetwork(network, {"block.0": lambda h: np.float32(2) * h.astype(jnp.float32)})
     out, values = jax.eval_shape(lambda: read_taps(edited, ["block.0", "block.1"], X, T))
     assert out.dtype == jnp.float32
@@ -240,7 +235,7 @@ def test_edits_keep_shape_and_dtype():
 
 
 def test_mlp_taps_are_its_residual_stream():
-    network = perturbed(lambda: MLP(3, hidden=8, num_blocks=2, rngs=nnx.Rngs(0)))
+    network = with_random_weights(lambda: MLP(3, hidden=8, num_blocks=2, rngs=nnx.Rngs(0)))
     x = jnp.asarray([0.5, -1.0, 2.0])
     assert tap_names(network, x, T) == ("block.0", "block.1")
     out, values = read_taps(network, ["block.0", "block.1"], x, T)

@@ -1,0 +1,44 @@
+# make demo: train on real digits, sample, measure.   make test: the whole suite.
+# Everything happens inside .venv, with the versions pinned in constraints.txt.
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: demo test lint format bench methods lock clean
+
+demo: $(READY)
+	$(PY) -m train.pretrain digits
+
+test: $(READY)
+	$(PY) -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m jaxdiff.methods --check
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(READY)
+	$(PY) -m benchmarks.run
+
+methods: $(READY)
+	$(PY) -m jaxdiff.methods
+
+# The newest versions that work, for every Python at once; needs uv.
+lock:
+	{ echo "# Pinned versions for make demo, make test and continuous integration; make lock writes them."; \
+	  echo 'jax<0.12' | uv pip compile -q --universal --python-version 3.11 --upgrade --no-annotate --no-header \
+	  pyproject.toml --extra train --extra test -c -; } > constraints.tmp && mv constraints.tmp constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) must be Python 3.11 or newer; pass PYTHON=/path/to/python3.12" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios to hand-written code, measured in one process."""
