@@ -2,13 +2,11 @@
 
 A checkpoint holds everything a run needs to go on as if it had never stopped: weights,
 optimiser, averages, step, keys, the position of the data iterator, the configuration and the
-versions of what wrote it. Orbax writes under a temporary name and renames, so a checkpoint is
-there whole or not at all; a manifest of checksums, written last, tells a complete one, and finds
-the one that a disk has damaged since.
+versions of what wrote it. It is written under a temporary name, with a manifest of checksums, and
+then renamed: it is there whole or not at all, and damage done to it later is found.
 """
 
 import json
-import logging
 import platform
 import shutil
 import warnings
@@ -22,32 +20,52 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-# Orbax reports every save and restore at level INFO through absl's logger.
-logging.getLogger("absl").setLevel(logging.WARNING)
-
-
 MANIFEST = "manifest.json"
+
+
+UNFINISHED = ".unfinished"
 
 
 class CheckpointError(OSError):
     """A checkpoint could not be written."""
 
 
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
     """Array leaves by path; typed keys as their data."""
-
-    def data(leaf):
-        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.random.key_data(leaf) if key else leaf
-
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_array))
-    return {jax.tree_util.keystr(path): data(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for path, leaf in leaves
+    }
+
+
+def _as_in(template: Any, array: Any) -> Any:
+    """A restored array as the template's leaf was: a key, or a weakly typed number."""
+    if _is_key(template):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(template))
+    if (
+        template.weak_type and template.ndim == 0
+    ):  # files do not tell; a strong type would promote and recompile
+        return jax.device_put(jnp.asarray(array.item()), template.sharding)
+    return array
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _checksums(directory: Path) -> dict[str, int]:
     """CRC-32 of every file of a checkpoint but its manifest."""
     files = (p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {str(p.relative_to(directory)): zlib.crc32(p.read_bytes()) for p in files}
+    return {str(p.relative_to(directory)): _checksum(p) for p in files}
 
 
 def _describe(leaf: Any) -> list:
@@ -83,16 +101,10 @@ class CheckpointStore:
             if p.name.isdigit() and (p / MANIFEST).is_file()
         )
 
-    def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep,
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
-        )
-        return ocp.CheckpointManager(self.directory, options=options)
-
     def save(self, state: PyTree, *, step: int, data_state: Any = None, config: Any = None) -> None:
-        """Write a checkpoint, unless there is one of this step already.
+        """Write a checkpoint, in place of one of the same step.
+
+        Of the checkpoints up to `step` the newest `keep` stay.
 
         Args:
             state: any pytree; its arrays are written, typed keys included.
@@ -103,8 +115,6 @@ class CheckpointStore:
         Raises:
             CheckpointError: if it could not be written. Earlier checkpoints are intact.
         """
-        if step in self.steps():
-            return
         leaves = _named_leaves(state)
         meta = {
             "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
@@ -113,38 +123,64 @@ class CheckpointStore:
             "versions": _versions(),
         }
         args = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(list(leaves.values())), meta=ocp.args.JsonSave(meta)
+            arrays=ocp.args.PyTreeSave(list(leaves.values())), meta=ocp.args.JsonSave(meta)
         )
-        directory = self.directory / str(step)
+        first = jax.process_index() == 0  # Orbax writes from every process; names are for one
+        unfinished = self.directory / f"{step}{UNFINISHED}"
         try:
-            if directory.exists():  # written, but killed before its manifest was
-                shutil.rmtree(directory)
-            with self._manager() as manager:
-                manager.save(step, args=args)
-                manager.wait_until_finished()
-            write_json(directory / MANIFEST, _checksums(directory))
+            if first:
+                self._remove_unfinished()
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                checkpointer.save(unfinished, args=args)
+            if first:
+                write_json(unfinished / MANIFEST, _checksums(unfinished))
+                self._finish(unfinished, step)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._remove_unfinished()
             raise CheckpointError(
-                f"Could not write checkpoint {step} to {self.directory}: {reason}. Check free "
-                f"space and permissions; earlier checkpoints {self.steps()} are intact."
+                f"Could not write checkpoint {step} to {self.directory}: {_reason(error)}. Check "
+                f"free space and permissions; earlier checkpoints {self.steps()} are intact."
             ) from None
 
-    def _verify(self, step: int) -> None:
-        """Raise ValueError if a file of the checkpoint is missing or differs from its manifest."""
+    def _remove_unfinished(self) -> None:
+        """Remove what a killed or failed save left behind."""
+        for path in self.directory.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _finish(self, unfinished: Path, step: int) -> None:
+        """Give a written checkpoint its name, and remove those too old to keep."""
         directory = self.directory / str(step)
-        found = _checksums(directory)
-        for name, checksum in json.loads((directory / MANIFEST).read_text()).items():
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+        # Later ones are not counted: they may be damaged, and must not crowd out this one.
+        for old in [s for s in self.steps() if s <= step][: -self.keep]:
+            shutil.rmtree(self.directory / str(old))
+
+    def _verify(self, step: int) -> None:
+        """Raise _Damaged if a file of the checkpoint is missing or differs from its manifest."""
+        directory = self.directory / str(step)
+        try:
+            manifest = dict(json.loads((directory / MANIFEST).read_bytes()))
+            found = _checksums(directory)
+        except (OSError, ValueError, TypeError) as error:
+            raise _Damaged(_reason(error)) from None
+        for name, checksum in manifest.items():
             if found.get(name) != checksum:
-                raise ValueError(f"{name} is missing or differs from what was written")
+                raise _Damaged(f"{name} is missing or differs from what was written")
+
+    def _load(self, step: int, name: str, args: ocp.args.CheckpointArgs) -> Any:
+        """Read one part of a checkpoint."""
+        args = ocp.args.Composite(**{name: args})
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self.directory / str(step), args=args)[name]
 
     def _load_meta(self, step: int) -> dict:
-        self._verify(step)
-        with self._manager() as manager:
-            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            return manager.restore(step, args=args)["meta"]
+        return self._load(step, "meta", ocp.args.JsonRestore())
 
-    def restore_latest(self, template: PyTree) -> tuple[PyTree, Any, Any] | None:
+    def restore_latest(
+        self, template: PyTree, *, partial: bool = False
+    ) -> tuple[PyTree, Any, Any] | None:
         """The newest checkpoint that is whole.
 
         Damaged ones are skipped with a warning. Arrays are placed as the template's are, so
@@ -152,6 +188,8 @@ class CheckpointStore:
 
         Args:
             template: a state of the right structure, e.g. the initial one.
+            partial: read only what the template has; to sample, put None in place of the
+                optimiser's state.
 
         Returns:
             `(state, data_state, config)`, or None if there is no checkpoint.
@@ -160,21 +198,27 @@ class CheckpointStore:
             ValueError: if the checkpoint is of another model, naming the first difference; or
                 if there are checkpoints and all are damaged.
         """
-        return self._newest(lambda step: self._restore(step, template))
+        step = self._newest()
+        return None if step is None else self._restore(step, template, partial)
 
-    def _newest(self, restore):
+    def latest_config(self) -> Any | None:
+        """Configuration in the newest checkpoint that is whole, or None if there is none."""
+        step = self._newest()
+        return None if step is None else self._load_meta(step)["config"]
+
+    def _newest(self) -> int | None:
+        """Step of the newest checkpoint that is whole."""
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return restore(step)
-            except _Mismatch as mismatch:
-                raise ValueError(str(mismatch)) from None
-            except Exception as error:  # whatever a damaged file makes its reader raise
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                self._verify(step)
+            except _Damaged as damage:
                 warnings.warn(
-                    f"Checkpoint {step} in {self.directory} is damaged and skipped: {reason}",
+                    f"Checkpoint {step} in {self.directory} is damaged and skipped: {damage}.",
                     stacklevel=3,
                 )
+            else:
+                return step
         if steps:
             raise ValueError(
                 f"All checkpoints in {self.directory} are damaged: {steps}. Remove the directory "
@@ -182,56 +226,53 @@ class CheckpointStore:
             )
         return None
 
-    def _restore(self, step: int, template: PyTree):
+    def _restore(self, step: int, template: PyTree, partial: bool):
         meta = self._load_meta(step)
-        wanted = _named_leaves(template)
-        _check_leaves(wanted, meta["leaves"], self.directory / str(step))
-        targets = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for leaf in wanted.values()
+        wanted, stored = _named_leaves(template), meta["leaves"]
+        _check_leaves(wanted, stored, self.directory / str(step), partial)
+        # A list with a placeholder for each array that is not wanted.
+        targets = [wanted.get(path, ocp.PLACEHOLDER) for path in stored]
+        placed = [
+            ocp.ArrayRestoreArgs(sharding=wanted[path].sharding)
+            if path in wanted
+            else ocp.RestoreArgs()
+            for path in stored
         ]
-        with self._manager() as manager:
-            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
-            arrays = iter(manager.restore(step, args=args)["arrays"])
-
-        def fill(leaf):
-            if not eqx.is_array(leaf):
-                return leaf
-            array = next(arrays)
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-            return array
-
-        return jax.tree.map(fill, template), meta["data_state"], meta["config"]
-
-    def latest_config(self) -> Any | None:
-        """Configuration in the newest readable checkpoint, or None if there is none."""
-        return self._newest(lambda step: self._load_meta(step)["config"])
-
-
-class _Mismatch(Exception):
-    """A checkpoint that is whole, and of something else."""
-
-
-def _check_leaves(wanted: dict, found: dict, where: Path) -> None:
-    for path, leaf in wanted.items():
-        if path not in found:
-            raise _Mismatch(
-                f"The checkpoint {where} is of another model: it has no {path}. Use the "
-                "configuration it was trained with, or another run directory."
-            )
-        if found[path] != _describe(leaf):
-            raise _Mismatch(
-                f"The checkpoint {where} is of another model: {path} is "
-                f"{found[path][1]}{found[path][0]} there, expected {leaf.dtype}{list(leaf.shape)}. "
-                "Use the configuration it was trained with, or another run directory."
-            )
-    extra = set(found) - set(wanted)
-    if extra:
-        raise _Mismatch(
-            f"The checkpoint {where} is of another model: it has {sorted(extra)[0]} besides. Use "
-            "the configuration it was trained with, or another run directory."
+        args = ocp.args.PyTreeRestore(item=targets, restore_args=placed)
+        found = dict(zip(stored, self._load(step, "arrays", args), strict=True))
+        arrays = iter([found[path] for path in wanted])
+        state = jax.tree.map(
+            lambda leaf: _as_in(leaf, next(arrays)) if eqx.is_array(leaf) else leaf, template
         )
+        return state, meta["data_state"], meta["config"]
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _check_leaves(wanted: dict, stored: dict, where: Path, partial: bool) -> None:
+    """Raise ValueError at the first array that is not in both, or not the same."""
+
+    def refuse(difference):
+        raise ValueError(
+            f"The checkpoint {where} is of another model: {difference}. Use the configuration it "
+            "was trained with, or another run directory."
+        )
+
+    for path, leaf in wanted.items():
+        if path not in stored:
+            refuse(f"it has no {path}, expected {leaf.dtype}{list(leaf.shape)}")
+        if stored[path] != _describe(leaf):
+            shape, dtype = stored[path]
+            refuse(f"{path} is {dtype}{shape} there, expected {leaf.dtype}{list(leaf.shape)}")
+    if extra := [path for path in stored if path not in wanted and not partial]:
+        refuse(f"it also has {extra[0]}")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -17,8 +17,12 @@ class EMA(eqx.Module):
     """An average of weights over training; its state holds one or more averages."""
 
     def init(self, params: PyTree) -> list[PyTree]:
-        """The averages before the first step: the initial weights."""
-        return [params for _ in range(self.num_averages)]
+        """The averages before the first step: the initial weights, in float32 at least."""
+
+        def wide(leaf):
+            return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+        return [jax.tree.map(wide, params) for _ in range(self.num_averages)]
 
     @property
     def num_averages(self) -> int:
@@ -26,16 +30,16 @@ class EMA(eqx.Module):
         return 1
 
     @abstractmethod
-    def decays(self, count: Array) -> Sequence[Array]:
-        """The factor on each old average at update number `count` = 1, 2, ..."""
+    def rates(self, count: Array) -> Sequence[Array]:
+        """The weight of the new parameters in each average, at update `count` = 1., 2., ..."""
 
     def update(self, averages: list[PyTree], params: PyTree, count: Array) -> list[PyTree]:
-        """average <- decay * average + (1 - decay) * params."""
+        """average <- (1 - rate) * average + rate * params."""
 
-        def mix(decay, average):
-            return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+        def mix(rate, average):
+            return jax.tree.map(lambda a, p: a + rate.astype(a.dtype) * (p - a), average, params)
 
-        return [mix(*pair) for pair in zip(self.decays(count), averages, strict=True)]
+        return [mix(*pair) for pair in zip(self.rates(count), averages, strict=True)]
 
 
 class ConstantEMA(EMA):
@@ -52,9 +56,9 @@ class ConstantEMA(EMA):
 
     decay: float = number(0.9999)
 
-    def decays(self, count: Array) -> Sequence[Array]:
-        """A single decay."""
-        return [jnp.minimum(self.decay, (1.0 + count) / (10.0 + count))]
+    def rates(self, count: Array) -> Sequence[Array]:
+        """A single rate, 1 - decay_n."""
+        return [jnp.maximum(1 - self.decay, 9 / (10 + count))]
 
 
 class PowerEMA(EMA):
@@ -77,9 +81,11 @@ class PowerEMA(EMA):
         """One for each width."""
         return len(self.sigma_rels)
 
-    def decays(self, count: Array) -> Sequence[Array]:
-        """(1 - 1 / count)^(gamma + 1)."""
-        return [(1 - 1 / count) ** (sigma_rel_to_gamma(s) + 1) for s in self.sigma_rels]
+    def rates(self, count: Array) -> Sequence[Array]:
+        """1 - (1 - 1 / count)^(gamma + 1)."""
+        # Late in training 1 - 1 / count has lost most digits of 1 / count in float32.
+        log = jnp.log1p(-1 / count)
+        return [-jnp.expm1((sigma_rel_to_gamma(s) + 1) * log) for s in self.sigma_rels]
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:

@@ -1,5 +1,6 @@
 """Players and the training step."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,12 @@ class Player(eqx.Module):
     every: int = eqx.field(static=True, default=1)
     trainable: Callable[[PyTree], PyTree] = eqx.field(static=True, default=_network)
 
+    def __check_init__(self):
+        if self.every < 1:
+            raise ValueError(
+                f"`every` must be at least 1, got {self.every}. Pass 1 for every step."
+            )
+
 
 class PlayerState(eqx.Module):
     """A player's model, its optimiser's state, and the averages of its weights."""
@@ -57,7 +64,8 @@ class PlayerState(eqx.Module):
         """The model with its averaged weights, as one samples from it."""
         if not self.averages:
             return self.model
-        return eqx.tree_at(trainable, self.model, self.averages[index])
+        weights = eqx.combine(self.averages[index], trainable(self.model))
+        return eqx.tree_at(trainable, self.model, weights)
 
 
 class TrainState(eqx.Module):
@@ -113,28 +121,36 @@ def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainStat
 
 def _init_player(player: Player) -> PlayerState:
     model = traced_floats(player.model)
-    params = player.trainable(model)
+    # Updates return strong types; weakly typed weights would compile the step twice.
+    strong = jax.tree.map(
+        lambda leaf: leaf.astype(leaf.dtype) if eqx.is_inexact_array(leaf) else leaf,
+        player.trainable(model),
+    )
+    model = eqx.tree_at(player.trainable, model, strong)
+    params = eqx.filter(strong, eqx.is_inexact_array)
     averages = player.ema.init(params) if player.ema else []
     return PlayerState(model, player.optimizer.init(params), averages)
 
 
-def _update(player: Player, state: PlayerState, loss, ema, key, batch, frozen, step):
+def _update(player: Player, state: PlayerState, key, batch, frozen, step):
     """One update of one player."""
-    params = player.trainable(state.model)
+    params, rest = eqx.partition(player.trainable(state.model), eqx.is_inexact_array)
+
+    def with_weights(params):
+        return eqx.tree_at(player.trainable, state.model, eqx.combine(params, rest))
 
     def objective(params):
-        model = eqx.tree_at(player.trainable, state.model, params)
-        return loss(model, key, batch, frozen)
+        return player.loss(with_weights(params), key, batch, frozen)
 
     (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
     updates, opt_state = player.optimizer.update(grads, state.opt_state, params)
     params = optax.apply_updates(params, updates)
     averages = state.averages
-    if ema is not None:
-        averages = ema.update(averages, params, (step // player.every + 1).astype(jnp.float32))
+    if player.ema is not None:
+        count = (step // player.every + 1).astype(float)
+        averages = player.ema.update(averages, params, count)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
-    model = eqx.tree_at(player.trainable, state.model, params)
-    return PlayerState(model, opt_state, averages), metrics
+    return PlayerState(with_weights(params), opt_state, averages), metrics
 
 
 def make_train_step(
@@ -148,53 +164,48 @@ def make_train_step(
 
     Players are updated in the order given, each seeing the current models of the others, those
     before it already updated. Metrics are the loss, the norm of its gradient and the loss's own,
-    named "player/metric" if there are several players.
+    named "player/metric" if there are several players. A player with `every` above 1 also reports
+    "updated", 1 or 0, and zeros where it is 0.
 
     Args:
         players: `{name: Player}`, the ones `init_train_state` was given.
     """
-    numbers, fixed = eqx.partition(
-        {name: (traced_floats(p.loss), traced_floats(p.ema)) for name, p in players.items()},
-        eqx.is_array,
-    )
-    static = {
-        name: Player(None, None, p.optimizer, None, p.every, p.trainable)
-        for name, p in players.items()
+    rules = {
+        name: dataclasses.replace(
+            player, model=None, loss=traced_floats(player.loss), ema=traced_floats(player.ema)
+        )
+        for name, player in players.items()
     }
-
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def run(static_constants, state: TrainState, numbers, batch, constants):
-        constants = eqx.combine(constants, jax.tree.unflatten(*static_constants))
-        rules = eqx.combine(numbers, fixed)
-        key = jax.random.fold_in(state.key, state.step)
-        states, metrics = state.players, {}
-        for index, (name, player) in enumerate(static.items()):
-            models = {other: s.model for other, s in states.items() if other != name}
-            args = (
-                *rules[name],
-                jax.random.fold_in(key, index),
-                batch,
-                {**constants, **models},
-                state.step,
-            )
-            update = eqx.Partial(_update, player)
-            if player.every == 1:
-                states[name], own = update(states[name], *args)
-            else:
-                states[name], own = _sometimes(update, player.every, states[name], args)
-            prefix = f"{name}/" if len(static) > 1 else ""
-            metrics |= {prefix + metric: value for metric, value in own.items()}
-        return TrainState.pack(step=state.step + 1, key=state.key, players=states), metrics
 
     # Only what the compiled program returns is rebuilt; its structure never changes, so that
     # keeping the first one's makes later comparisons of structures a comparison of identity.
     def step(state: TrainState, batch: PyTree, constants: dict[str, PyTree] | None = None):
-        arrays, rest = eqx.partition(traced_floats(constants or {}), eqx.is_array)
+        arrays, rest = eqx.partition((rules, traced_floats(constants or {})), eqx.is_array)
         leaves, structure = jax.tree.flatten(rest)
-        after, metrics = run((structure, tuple(leaves)), state, numbers, batch, arrays)
+        after, metrics = _run((structure, tuple(leaves)), state, arrays, batch)
         return TrainState(*_arrays(after), state.structure, state.rest), metrics
 
     return step
+
+
+# Outside of `make_train_step`, so that steps that differ in numbers only share one program.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
+    """One update of every player whose turn it is."""
+    rules, constants = eqx.combine(arrays, jax.tree.unflatten(*static))
+    key = jax.random.fold_in(state.key, state.step)
+    states, metrics = state.players, {}
+    for index, (name, player) in enumerate(rules.items()):
+        models = {other: s.model for other, s in states.items() if other != name}
+        args = (jax.random.fold_in(key, index), batch, {**constants, **models}, state.step)
+        update = eqx.Partial(_update, player)
+        if player.every == 1:
+            states[name], own = update(states[name], *args)
+        else:
+            states[name], own = _sometimes(update, player.every, states[name], args)
+        prefix = f"{name}/" if len(rules) > 1 else ""
+        metrics |= {prefix + metric: value for metric, value in own.items()}
+    return TrainState.pack(step=state.step + 1, key=state.key, players=states), metrics
 
 
 def _sometimes(update, every, state, args):
@@ -203,7 +214,7 @@ def _sometimes(update, every, state, args):
 
     def act(arrays):
         state, metrics = update(eqx.combine(arrays, rest), *args)
-        return eqx.filter(state, eqx.is_array), metrics
+        return eqx.filter(state, eqx.is_array), {**metrics, "updated": jnp.ones(())}
 
     shapes = jax.eval_shape(act, arrays)[1]
     idle = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

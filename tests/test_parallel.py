@@ -1,0 +1,51 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff import parallel
+
+
+def test_mesh_axes_multiply_to_the_devices():
+    mesh = parallel.make_mesh(fsdp=2)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    with pytest.raises(ValueError, match="number of devices, 8"):
+        parallel.make_mesh(3)
+
+
+def test_batches_are_split_and_uneven_ones_refused():
+    mesh = parallel.make_mesh(fsdp=2)
+    x = np.arange(32.0, dtype=np.float32).reshape(16, 2)
+    placed = parallel.shard_batch({"x": x}, mesh)["x"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+    np.testing.assert_array_equal(placed, x)
+    with pytest.raises(ValueError, match="divisible by the 8 devices.*12"):
+        parallel.shard_batch({"x": x[:12]}, mesh)
+
+
+def test_params_are_split_along_their_largest_divisible_axis():
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    tree = {
+        "wide": jnp.ones((64, 128)),
+        "odd": jnp.ones((65, 127)),
+        "small": jnp.ones(4),
+        "tall": jnp.ones((128, 63)),
+    }
+    placed = parallel.shard_params(tree, mesh)
+    shapes = {name: value.addressable_shards[0].data.shape for name, value in placed.items()}
+    assert shapes == {"wide": (64, 32), "odd": (65, 127), "small": (4,), "tall": (32, 63)}
+
+
+def test_split_weights_compute_the_same():
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    weights = jax.random.normal(jax.random.key(0), (64, 128))
+    x = jax.random.normal(jax.random.key(1), (8, 64))
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w))))
+    split = gradient(parallel.shard_params(weights, mesh), parallel.shard_batch(x, mesh))
+    np.testing.assert_allclose(split, gradient(weights, x), rtol=1e-5, atol=1e-5)
+
+
+def test_replicated_trees_are_everywhere():
+    placed = parallel.replicate({"a": jnp.arange(3)}, parallel.make_mesh())
+    assert len(placed["a"].addressable_shards) == 8
+    assert placed["a"].is_fully_replicated
