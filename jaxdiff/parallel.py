@@ -6,6 +6,7 @@ arguments, and these functions place the arguments.
 
 from collections.abc import Sequence
 
+import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -34,7 +35,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     rest = fsdp * tensor
-    data = len(devices) // rest if data is None else data
+    data = max(len(devices) // rest, 1) if data is None else data
     if data * rest != len(devices):
         raise ValueError(
             f"`data` * `fsdp` * `tensor` must be the number of devices, {len(devices)}; got "
@@ -54,15 +55,20 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     With several processes, `batch` is this process's part of the global batch.
 
     Raises:
-        ValueError: if the leading axis is not divisible by the number of devices.
+        ValueError: if the leading axis is not divisible by the number of devices, or missing.
     """
     sharding = batch_sharding(mesh)
     count = mesh.shape["data"] * mesh.shape["fsdp"]
     for leaf in jax.tree.leaves(batch):
+        if not np.ndim(leaf):
+            raise ValueError(
+                f"Every array of `batch` must have a leading axis of examples, got {leaf!r}. Pass "
+                "what is no example as a constant."
+            )
         size = np.shape(leaf)[0] * jax.process_count()
         if size % count:
             raise ValueError(
-                f"The batch size must be divisible by the {count} devices it is split over, got "
+                f"`batch` must be divisible by the {count} devices it is split over, got size "
                 f"{size}. Use a multiple of {count}, or a mesh of fewer devices."
             )
     return jax.tree.map(
@@ -71,8 +77,9 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copy every array to every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Copy every array to every device of the mesh; other leaves stay as they are."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())), rest)
 
 
 def shard_params(tree: PyTree, mesh: Mesh, *, min_size: int = 2**12) -> PyTree:
@@ -89,6 +96,8 @@ def shard_params(tree: PyTree, mesh: Mesh, *, min_size: int = 2**12) -> PyTree:
     count = mesh.shape["fsdp"]
 
     def place(leaf):
+        if not eqx.is_array(leaf):
+            return leaf
         divisible = [axis for axis, size in enumerate(leaf.shape) if size % count == 0]
         spec = [None] * leaf.ndim
         if leaf.size >= min_size and divisible:

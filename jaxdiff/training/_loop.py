@@ -7,11 +7,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxdiff.training._checkpoint import CheckpointStore
 from jaxdiff.training._step import TrainState
+
+# The most steps that are queued on the device: deep enough to hide Python, and not so deep that
+# their batches fill the memory or a signal has to wait for long.
+RUN_AHEAD = 8
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error of the program
@@ -27,7 +33,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error of the program
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss or its gradient is NaN or infinite."""
+    """The loss, another metric, or a weight is NaN or infinite."""
 
 
 class Hook(NamedTuple):
@@ -36,7 +42,8 @@ class Hook(NamedTuple):
     Attributes:
         every: number of steps.
         call: `call(step, state, metrics)`; `metrics` are means over the steps since the last
-            call of a hook or checkpoint, as floats.
+            call of a hook or checkpoint, as floats. Those of a player that rests at some steps
+            are means over its updates, and absent if there were none.
     """
 
     every: int
@@ -58,21 +65,42 @@ def _signals(received: list[int]):
             signal.signal(number, handler)
 
 
+def _refuse(name: str, value: str, step: int, store: CheckpointStore | None) -> None:
+    good = store.steps()[-1:] if store else []
+    last = f"checkpoint {good[0]} in {store.directory}" if good else "none yet"
+    raise NonFiniteLossError(
+        f"{name} became {value} at step {step}; the run stops. Last good checkpoint: {last}. "
+        "Lower the learning rate, clip the gradient, or check the data."
+    )
+
+
 def _finite_means(history: list, step: int, store: CheckpointStore | None) -> dict[str, float]:
-    """Means of the metrics of some steps; raises at the first that is not finite."""
+    """Means of the metrics of the steps up to `step`; raises at the first that is not finite."""
     values = jax.device_get(history)
-    for offset, metrics in enumerate(values):
+    for at, metrics in enumerate(values, step - len(values) + 1):
         for name, value in metrics.items():
             if not math.isfinite(value):
-                at = step - len(values) + offset
-                good = store.steps()[-1:] if store else []
-                last = f"checkpoint {good[0]} in {store.directory}" if good else "none yet"
-                raise NonFiniteLossError(
-                    f"`{name}` became {float(value)} at step {at}; the run stops. Last good "
-                    f"checkpoint: {last}. Lower the learning rate, clip the gradient, or check "
-                    "the data."
-                )
-    return {name: float(sum(m[name] for m in values) / len(values)) for name in values[0]}
+                _refuse(f"`{name}`", str(float(value)), at, store)
+    means = {}
+    for name in values[0] if values else ():
+        flag = name.rpartition("/")[0] + "/updated" if "/" in name else "updated"
+        updated = [m for m in values if flag == name or m.get(flag, 1)]
+        if updated:
+            means[name] = float(sum(m[name] for m in updated) / len(updated))
+    return means
+
+
+@jax.jit
+def _all_finite(arrays: list) -> jax.Array:
+    return jnp.stack([jnp.isfinite(a).all() for a in arrays]).all()
+
+
+def _check_weights(state: TrainState, step: int, store: CheckpointStore) -> None:
+    """Raise if a model or an average is not finite; its loss would tell one step too late."""
+    parts = [(player.model, player.averages) for player in state.players.values()]
+    arrays = [a for a in jax.tree.leaves(parts) if eqx.is_inexact_array(a)]
+    if not _all_finite(arrays):
+        _refuse("A weight", "NaN or infinite", step, store)
 
 
 def fit(
@@ -111,34 +139,43 @@ def fit(
 
     Raises:
         Interrupted: after SIGTERM or SIGINT, once a checkpoint is written.
-        NonFiniteLossError: if a loss or gradient norm is NaN or infinite; nothing is written.
+        NonFiniteLossError: if a metric or weight is NaN or infinite; nothing is written. Seen when
+            a hook or checkpoint is due.
+        ValueError: if the batches end too early.
         CheckpointError: if a checkpoint cannot be written.
     """
     index, history, received = int(state.step), [], []
-
-    def settle():
-        means = _finite_means(history, index, store) if history else {}
-        history.clear()
-        return means
-
-    def save():
-        if store is not None:
-            store.save(state.unpack(), step=index, data_state=batches.get_state(), config=config)
-
     with _signals(received):
         while index < num_steps:
-            state, metrics = step(state, place(next(batches)), constants)
+            batch = _next(batches, index, num_steps)
+            state, metrics = step(state, place(batch), constants)
             index += 1
             history.append(metrics)
-            last = index == num_steps
+            if len(history) > RUN_AHEAD:
+                jax.block_until_ready(history[-1 - RUN_AHEAD])
+            last, stop = index == num_steps, list(received)
             due = [hook for hook in hooks if index % hook.every == 0 or last]
-            saving = last or index % checkpoint_every == 0 or bool(received)
+            saving = last or bool(stop) or index % checkpoint_every == 0
             if due or saving:
-                means = settle()
-                if saving:
-                    save()
-                for hook in due:
-                    hook.call(index, state, means)
-            if received and not last:
-                raise Interrupted(received[0], index)
+                means = _finite_means(history, index, store)
+                history.clear()
+            if saving and store is not None:
+                _check_weights(state, index, store)
+                store.save(
+                    state.unpack(), step=index, data_state=batches.get_state(), config=config
+                )
+            for hook in due:
+                hook.call(index, state, means)
+            if stop:
+                raise Interrupted(stop[0], index)
     return state
+
+
+def _next(batches: Iterator[PyTree], index: int, num_steps: int) -> PyTree:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"`batches` ended after step {index} of `num_steps` = {num_steps}. Pass an endless "
+            "iterator, or fewer steps."
+        ) from None

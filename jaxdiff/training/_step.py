@@ -170,12 +170,16 @@ def make_train_step(
     Args:
         players: `{name: Player}`, the ones `init_train_state` was given.
     """
-    rules = {
-        name: dataclasses.replace(
-            player, model=None, loss=traced_floats(player.loss), ema=traced_floats(player.ema)
+    # Pairs, since a dict is rebuilt in the order of its keys.
+    rules = [
+        (
+            name,
+            dataclasses.replace(
+                p, model=None, loss=traced_floats(p.loss), ema=traced_floats(p.ema)
+            ),
         )
-        for name, player in players.items()
-    }
+        for name, p in players.items()
+    ]
 
     # Only what the compiled program returns is rebuilt; its structure never changes, so that
     # keeping the first one's makes later comparisons of structures a comparison of identity.
@@ -195,7 +199,7 @@ def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
     rules, constants = eqx.combine(arrays, jax.tree.unflatten(*static))
     key = jax.random.fold_in(state.key, state.step)
     states, metrics = state.players, {}
-    for index, (name, player) in enumerate(rules.items()):
+    for index, (name, player) in enumerate(rules):
         models = {other: s.model for other, s in states.items() if other != name}
         args = (jax.random.fold_in(key, index), batch, {**constants, **models}, state.step)
         update = eqx.Partial(_update, player)
