@@ -34,7 +34,10 @@ PARTS = {
     "networks": ("ConvClassifier", "EditedNetwork", "MLP", "Tap"),
     "solvers": ("DiffusionSolver", "Problem"),
     "losses": ("TimeLaw", "UniformTime", "Weighting"),
-    "training": ("CheckpointError", "CheckpointStore", "EMA", "Hook", "Interrupted"),
+    "training": (
+        *("CheckpointError", "CheckpointStore", "EMA", "Hook", "Interrupted"),
+        *("NonFiniteLossError", "Player", "PlayerState", "TrainState"),
+    ),
     "metrics": ("Kernel",),
 }
 
@@ -51,11 +54,12 @@ def _public(module: ModuleType) -> dict[str, object]:
 
 
 def reference(value: object) -> str | None:
-    """The first source that a docstring, or that of its module, cites; on one line."""
+    """The first source that a docstring, or that of its module, cites, up to its arXiv number."""
     for text in (value.__doc__, sys.modules[value.__module__].__doc__):
         match = re.search(r"Reference:\s*(.+?)(?:\n\s*\n|\Z)", text or "", re.DOTALL)
         if match:
-            return " ".join(match.group(1).split())
+            text = " ".join(match.group(1).split())
+            return re.split(r"(?<=\d{4}\.\d{5})|(?<=\d{4})[.,;](?! arXiv)", text)[0]
     return None
 
 

@@ -35,7 +35,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     rest = fsdp * tensor
-    data = max(len(devices) // rest, 1) if data is None else data
+    data = len(devices) // max(rest, 1) if data is None else data
     if data * rest != len(devices):
         raise ValueError(
             f"`data` * `fsdp` * `tensor` must be the number of devices, {len(devices)}; got "
@@ -80,6 +80,22 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copy every array to every device of the mesh; other leaves stay as they are."""
     arrays, rest = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())), rest)
+
+
+def join_devices(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Replicate over a sharding's devices every array that does not live on them yet.
+
+    Arrays that do, such as weights split by `shard_params`, stay as they are.
+    """
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+
+    def place(leaf):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        settled = leaf.sharding.device_set == sharding.device_set
+        return leaf if settled else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, tree)
 
 
 def shard_params(tree: PyTree, mesh: Mesh, *, min_size: int = 2**12) -> PyTree:

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import check_key, jit
 from jaxdiff.denoiser import Denoiser
+from jaxdiff.parallel import join_devices
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import DiffusionSolver, GridSteps, Problem
 from jaxdiff.solvers._ddim import DDIM
@@ -121,7 +122,7 @@ def sample(
     times: int | ArrayLike = 50,
     batch_size: int | None = None,
     first_index: int = 0,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: jax.sharding.NamedSharding | None = None,
     dtype: jnp.dtype | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),
@@ -167,6 +168,7 @@ def sample(
     indices = jnp.arange(first_index, first_index + num_samples)
     if sharding is not None:
         indices, cond = jax.device_put((indices, cond), sharding)
+        key, denoiser, times, solver = join_devices((key, denoiser, times, solver), sharding)
     dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
     return _sample(
         key, indices, cond, denoiser, times, solver, stepsize_controller, adjoint,

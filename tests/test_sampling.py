@@ -69,7 +69,8 @@ def test_sample_i_does_not_depend_on_the_devices(oracle, devices):
         (devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
     )
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    spread = run(oracle, sharding=sharding)
+    # Weights committed to one device, as a checkpoint restores them, come along.
+    spread = run(jax.device_put(oracle, jax.devices()[0]), sharding=sharding)
     assert len(spread.x.sharding.device_set) == devices
     np.testing.assert_allclose(spread.x, whole.x, atol=1e-5)
 

@@ -200,7 +200,8 @@ def _picture(run_dir, samples, cond, reference, settings, source) -> None:
     if cond is None:
         report.image_grid(samples[:100], path, columns=10)
         return
-    cond = np.asarray(cond)
-    rows = [samples[cond == c][: settings.per_class] for c in range(source.num_classes)]
-    titles = [str(c) for c in range(source.num_classes)]
-    report.image_grid(np.concatenate(rows), path, columns=settings.per_class, titles=titles)
+    classes = range(source.num_classes)
+    columns = max(1, min(settings.per_class, len(samples) // source.num_classes))
+    rows = [samples[np.asarray(cond) == c][:columns] for c in classes]
+    titles = [str(c) for c, row in zip(classes, rows, strict=True) if len(row)]
+    report.image_grid(np.concatenate(rows), path, columns=columns, titles=titles)

@@ -75,9 +75,9 @@ def _refuse(name: str, value: str, step: int, store: CheckpointStore | None) -> 
 
 
 def _finite_means(history: list, step: int, store: CheckpointStore | None) -> dict[str, float]:
-    """Means of the metrics of the steps up to `step`; raises at the first that is not finite."""
+    """Means of the metrics of the steps before `step`; raises at the first not finite."""
     values = jax.device_get(history)
-    for at, metrics in enumerate(values, step - len(values) + 1):
+    for at, metrics in enumerate(values, step - len(values)):
         for name, value in metrics.items():
             if not math.isfinite(value):
                 _refuse(f"`{name}`", str(float(value)), at, store)
@@ -145,6 +145,12 @@ def fit(
         CheckpointError: if a checkpoint cannot be written.
     """
     index, history, received = int(state.step), [], []
+
+    def save():
+        if store is not None:
+            _check_weights(state, index, store)
+            store.save(state.unpack(), step=index, data_state=batches.get_state(), config=config)
+
     with _signals(received):
         while index < num_steps:
             batch = _next(batches, index, num_steps)
@@ -153,20 +159,19 @@ def fit(
             history.append(metrics)
             if len(history) > RUN_AHEAD:
                 jax.block_until_ready(history[-1 - RUN_AHEAD])
-            last, stop = index == num_steps, list(received)
+            last = index == num_steps
             due = [hook for hook in hooks if index % hook.every == 0 or last]
-            saving = last or bool(stop) or index % checkpoint_every == 0
-            if due or saving:
+            saving = last or index % checkpoint_every == 0
+            if due or saving or received:
                 means = _finite_means(history, index, store)
                 history.clear()
-            if saving and store is not None:
-                _check_weights(state, index, store)
-                store.save(
-                    state.unpack(), step=index, data_state=batches.get_state(), config=config
-                )
+            if saving:
+                save()
             for hook in due:
                 hook.call(index, state, means)
-            if stop:
+            if stop := list(received):  # perhaps during a hook or the save
+                if not saving:
+                    save()
                 raise Interrupted(stop[0], index)
     return state
 

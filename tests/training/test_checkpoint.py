@@ -126,7 +126,9 @@ def test_another_model_is_named_and_not_skipped(tmp_path, players):
     store = CheckpointStore(tmp_path / "c")
     store.save(init_train_state(players, jax.random.key(1)).unpack(), step=1)
     wider = {"model": Player(make_model(size=4), Regression(), optax.adam(1e-2), ConstantEMA())}
-    with pytest.raises(ValueError, match=r"network.bias.* is float32\[3\] there, expected float32\[4\]"):
+    with pytest.raises(
+        ValueError, match=r"network.bias.* is float32\[3\] there, expected float32\[4\]"
+    ):
         store.restore_latest(init_train_state(wider, jax.random.key(1)).unpack())
     other = {"model": Player(make_model(), Regression(), optax.sgd(1e-2))}
     with pytest.raises(ValueError, match="of another model"):
