@@ -54,12 +54,13 @@ def _public(module: ModuleType) -> dict[str, object]:
 
 
 def reference(value: object) -> str | None:
-    """The first source that a docstring, or that of its module, cites, up to its arXiv number."""
+    """The first source that a docstring or its module cites, up to the arXiv number or year."""
     for text in (value.__doc__, sys.modules[value.__module__].__doc__):
         match = re.search(r"Reference:\s*(.+?)(?:\n\s*\n|\Z)", text or "", re.DOTALL)
         if match:
             text = " ".join(match.group(1).split())
-            return re.split(r"(?<=\d{4}\.\d{5})|(?<=\d{4})[.,;](?! arXiv)", text)[0]
+            short = re.match(r".*?arXiv \d{4}\.\d{5}|.*?(19|20)\d\d\b", text)
+            return short.group() if short else text
     return None
 
 
@@ -77,9 +78,7 @@ def _test(name: str, tests: dict[Path, str]) -> Path | None:
 
 def rows() -> tuple[list[str], list[str]]:
     """The table's rows, and what is missing."""
-    tests = {
-        path.relative_to(ROOT): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")
-    }
+    tests = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
     lines, missing = [], []
     for family, kind in FAMILIES.items():
         module = importlib.import_module(f"jaxdiff.{family}")

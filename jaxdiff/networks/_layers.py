@@ -20,16 +20,24 @@ def timestep_embedding(t: Array, size: int, max_period: float = 10_000.0) -> Arr
 
     Args:
         t: scalar noise label.
-        size: even number of features.
+        size: even number of features, at least 4.
         max_period: longest period, in units of 2 pi.
 
     Returns:
         `(size,)`.
 
+    Raises:
+        ValueError: for an odd or smaller size, or a t that is no scalar.
+
     Reference: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section
     3.5, as used by Ho, Jain, Abbeel, arXiv 2006.11239.
     """
     t = jnp.asarray(t)
+    if size < 4 or size % 2 or t.shape != ():
+        raise ValueError(
+            f"`size` must be even and at least 4, and `t` a scalar; got {size} and shape {t.shape}. "
+            "Use jax.vmap for a batch."
+        )
     dtype = jnp.promote_types(t.dtype, jnp.float32)
     half = size // 2
     exponents = jnp.arange(half, dtype=dtype) / (half - 1)
@@ -126,4 +134,4 @@ class NoiseEmbedding(nnx.Module):
                 f"`cond` must be a scalar integer class for one example, got shape "
                 f"{jnp.shape(cond)} and dtype {jnp.result_type(cond)}. Use jax.vmap for a batch."
             )
-        return h + self.classes(cond)
+        return h + self.classes(jnp.asarray(cond))

@@ -37,7 +37,8 @@ def karras_times(process: Process, num_steps: int, *, rho: float = 7.0) -> Array
 
     Args:
         process: the forward process.
-        num_steps: number of steps N: N levels down to t_min, and the last step to 0.
+        num_steps: number of steps N: N levels down to t_min, and the last step to 0; for a
+            process whose t_min is 0, N + 1 levels.
         rho: 7 for quality; 3 equalises the truncation error.
 
     Reference: Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based
@@ -45,9 +46,11 @@ def karras_times(process: Process, num_steps: int, *, rho: float = 7.0) -> Array
     """
     ends = jnp.asarray([process.t_max, process.t_min], jnp.result_type(float))
     high, low = jnp.exp(-process.log_snr(ends) / (2 * rho))
-    levels = high + jnp.linspace(0.0, 1.0, max(num_steps, 2)) * (low - high)
+    to_zero = not (isinstance(process.t_min, float) and process.t_min == 0)
+    count = max(num_steps, 2) if to_zero else num_steps + 1
+    levels = high + jnp.linspace(0.0, 1.0, count) * (low - high)
     times = process.time(-2 * rho * jnp.log(levels)).at[0].set(ends[0]).at[-1].set(ends[1])
-    return jnp.append(times[:num_steps], 0.0)
+    return jnp.append(times[:num_steps], 0.0) if to_zero else times
 
 
 def quadratic_times(process: Process, num_steps: int) -> Array:
