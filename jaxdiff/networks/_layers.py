@@ -35,7 +35,7 @@ def timestep_embedding(t: Array, size: int, max_period: float = 10_000.0) -> Arr
     t = jnp.asarray(t)
     if size < 4 or size % 2 or t.shape != ():
         raise ValueError(
-            f"`size` must be even and at least 4, and `t` a scalar; got {size} and shape {t.shape}. "
+            f"`size` must be even and >= 4, and `t` a scalar; got {size} and shape {t.shape}. "
             "Use jax.vmap for a batch."
         )
     dtype = jnp.promote_types(t.dtype, jnp.float32)
