@@ -30,6 +30,7 @@ from jaxdiff import solvers as solvers
 from jaxdiff.denoiser import Clipped as Clipped
 from jaxdiff.denoiser import Denoiser as Denoiser
 from jaxdiff.denoiser import DynamicThresholding as DynamicThresholding
+from jaxdiff.denoiser import LearnedVarianceDenoiser as LearnedVarianceDenoiser
 from jaxdiff.denoiser import LogNoiseLabel as LogNoiseLabel
 from jaxdiff.denoiser import NetworkDenoiser as NetworkDenoiser
 from jaxdiff.denoiser import Preconditioning as Preconditioning

@@ -134,16 +134,64 @@ class NetworkDenoiser(Denoiser):
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Array:
         """See `Denoiser`."""
-        scale = self.preconditioning.scale(self.process, t)
-        label = self.preconditioning.label(self.process, t)
-        output = self.network((scale * x).astype(x.dtype), label, cond, key=key)
+        output = _run_network(self, x, t, cond, key)
         if output.shape != x.shape:
             raise ValueError(
                 f"The network must return an array of its input's shape {x.shape}, "
-                f"got {output.shape}. A network with more output channels (learned variance) "
+                f"got {output.shape}. A network with twice the channels (learned variance) "
                 "belongs in `LearnedVarianceDenoiser`."
             )
         return self.prediction.to_x0(self.process, x, t, output).astype(x.dtype)
+
+
+class LearnedVarianceDenoiser(Denoiser):
+    """A network with twice the channels: what it predicts, and the variance of a reverse step.
+
+    The second half of the last axis, mapped from [-1, 1] to v in [0, 1], interpolates the
+    logarithm of a step's variance between DDPM's beta-tilde (0) and beta (1). As a denoiser it
+    is like `NetworkDenoiser`; train it with `HybridLoss`, sample it with `LearnedAncestral` or
+    any other solver.
+
+    Args:
+        network: callable pytree whose output has twice the last axis of x.
+        process: the forward process.
+        prediction: what the first half means.
+        preconditioning: input scale and noise label.
+
+    Reference: Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021,
+    arXiv 2102.09672, section 3.1.
+    """
+
+    network: Callable[..., Array]
+    process: Process
+    prediction: Prediction = Eps()
+    preconditioning: Preconditioning = TimeLabel()
+
+    def with_variance(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Array, Array]:
+        """x0_hat and v in [0, 1] (not clipped), both `(*event)`."""
+        output = _run_network(self, x, t, cond, key)
+        if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
+            raise ValueError(
+                f"The network must return twice the channels of its input {x.shape}, got "
+                f"{output.shape}. Build it with out_channels twice in_channels."
+            )
+        output, variance = jnp.split(output, 2, axis=-1)
+        x0 = self.prediction.to_x0(self.process, x, t, output)
+        return x0.astype(x.dtype), ((variance + 1) / 2).astype(x.dtype)
+
+    def __call__(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Array:
+        """See `Denoiser`."""
+        return self.with_variance(x, t, cond, key=key)[0]
+
+
+def _run_network(denoiser, x: Array, t: Array, cond: PyTree, key: PRNGKeyArray | None) -> Array:
+    scale = denoiser.preconditioning.scale(denoiser.process, t)
+    label = denoiser.preconditioning.label(denoiser.process, t)
+    return denoiser.network((scale * x).astype(x.dtype), label, cond, key=key)
 
 
 class Clipped(Denoiser):

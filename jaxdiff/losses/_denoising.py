@@ -34,6 +34,12 @@ def denoising_error(
     return jnp.mean((x0 - x0_hat) ** 2)
 
 
+def drop_label(key: PRNGKeyArray, cond: PyTree, null_cond: PyTree, rate: Array) -> PyTree:
+    """`cond`, or `null_cond` with probability `rate`; for one example."""
+    drop = jax.random.bernoulli(key, rate)
+    return jax.tree.map(lambda null, c: jnp.where(drop, null, c), null_cond, cond)
+
+
 class DenoisingLoss(eqx.Module):
     """Weighted denoising score matching over a batch.
 
@@ -75,8 +81,7 @@ class DenoisingLoss(eqx.Module):
         """
         drop_key, error_key = jax.random.split(key)
         if self.null_cond is not None:
-            drop = jax.random.bernoulli(drop_key, self.label_dropout)
-            cond = jax.tree.map(lambda null, c: jnp.where(drop, null, c), self.null_cond, cond)
+            cond = drop_label(drop_key, cond, self.null_cond, self.label_dropout)
         error = denoising_error(denoiser, error_key, x0, t, cond)
         density = self.time_law.density(denoiser.process, t)
         return self.weighting(denoiser.process, t, density) * error, error

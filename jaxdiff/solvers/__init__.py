@@ -1,6 +1,7 @@
 """Diffrax solvers that integrate a denoiser, and time grids for them."""
 
 from jaxdiff.solvers._ancestral import Ancestral as Ancestral
+from jaxdiff.solvers._ancestral import LearnedAncestral as LearnedAncestral
 from jaxdiff.solvers._base import DiffusionSolver as DiffusionSolver
 from jaxdiff.solvers._base import Problem as Problem
 from jaxdiff.solvers._ddim import DDIM as DDIM
