@@ -45,7 +45,8 @@ def reverse_step_nll(
     Returns:
         A scalar.
 
-    Reference: Nichol, Dhariwal, arXiv 2102.09672, equations 6 and 15.
+    Reference: Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021,
+    arXiv 2102.09672, equations 6 and 15.
     """
     _, on_x0, log_tilde, log_beta = _posterior(process, t, s)
     log_variance = variance * log_beta + (1 - variance) * log_tilde

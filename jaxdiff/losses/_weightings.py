@@ -49,8 +49,9 @@ class Uniform(Weighting):
     Args:
         prediction: whose error is weighted by 1.
 
-    Reference: Ho et al., arXiv 2006.11239, equation 14; Karras et al., arXiv 2206.00364,
-    section 5; Lipman et al., arXiv 2210.02747, equation 9.
+    Reference: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020,
+    arXiv 2006.11239, equation 14; Karras et al., arXiv 2206.00364, section 5; Lipman et al.,
+    arXiv 2210.02747, equation 9.
     """
 
     prediction: Prediction = Eps()

@@ -21,8 +21,6 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 MANIFEST = "manifest.json"
-
-
 UNFINISHED = ".unfinished"
 
 
@@ -47,9 +45,8 @@ def _as_in(template: Any, array: Any) -> Any:
     """A restored array as the template's leaf was: a key, or a weakly typed number."""
     if _is_key(template):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(template))
-    if (
-        template.weak_type and template.ndim == 0
-    ):  # files do not tell; a strong type would promote and recompile
+    # Files do not tell weak types; a strong one would promote what it meets, and recompile.
+    if template.weak_type and template.ndim == 0:
         return jax.device_put(jnp.asarray(array.item()), template.sharding)
     return array
 

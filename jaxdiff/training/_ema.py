@@ -96,7 +96,9 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
     Raises:
         ValueError: for a width outside (0, 0.288), which no profile with gamma >= 0 has.
 
-    Reference: arXiv 2312.02696, equation 126.
+    Reference:
+        Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", 2023,
+        arXiv 2312.02696, equation 126.
     """
     if not 0 < sigma_rel < 12**-0.5:
         raise ValueError(
@@ -128,7 +130,9 @@ def reconstruct_ema(
     Returns:
         Averaged weights, with the structure and dtypes of the snapshots'.
 
-    Reference: arXiv 2312.02696, algorithm 3.
+    Reference:
+        Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", 2023,
+        arXiv 2312.02696, algorithm 3.
     """
     times = np.asarray([float(s[0]) for s in snapshots])
     gammas = np.asarray([sigma_rel_to_gamma(s[1]) for s in snapshots])
