@@ -29,6 +29,7 @@ from jaxdiff import processes as processes
 from jaxdiff import solvers as solvers
 from jaxdiff.denoiser import Clipped as Clipped
 from jaxdiff.denoiser import Denoiser as Denoiser
+from jaxdiff.denoiser import DenoiserMap as DenoiserMap
 from jaxdiff.denoiser import DynamicThresholding as DynamicThresholding
 from jaxdiff.denoiser import LearnedVarianceDenoiser as LearnedVarianceDenoiser
 from jaxdiff.denoiser import LogNoiseLabel as LogNoiseLabel

@@ -194,68 +194,64 @@ def _run_network(denoiser, x: Array, t: Array, cond: PyTree, key: PRNGKeyArray |
     return denoiser.network((scale * x).astype(x.dtype), label, cond, key=key)
 
 
-class Clipped(Denoiser):
+class DenoiserMap(Denoiser):
+    """A denoiser made from another, `base`, whose process and cost it has by default."""
+
+    base: eqx.AbstractVar[Denoiser]
+
+    @property
+    def process(self) -> Process:
+        """The base denoiser's process."""
+        return self.base.process
+
+    @property
+    def evaluations(self) -> int:
+        """The base denoiser's cost."""
+        return self.base.evaluations
+
+
+class Clipped(DenoiserMap):
     """Clip x0_hat to the range of the data, as DDPM's sampler does.
 
     Args:
-        denoiser: the denoiser to clip.
+        base: the denoiser to clip.
         low: smallest value of the data.
         high: largest value of the data.
     """
 
-    denoiser: Denoiser
+    base: Denoiser
     low: float = number(-1.0)
     high: float = number(1.0)
-
-    @property
-    def process(self) -> Process:
-        """The wrapped denoiser's process."""
-        return self.denoiser.process
-
-    @property
-    def evaluations(self) -> int:
-        """The wrapped denoiser's cost."""
-        return self.denoiser.evaluations
 
     def __call__(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Array:
         """See `Denoiser`."""
-        return jnp.clip(self.denoiser(x, t, cond, key=key), self.low, self.high)
+        return jnp.clip(self.base(x, t, cond, key=key), self.low, self.high)
 
 
-class DynamicThresholding(Denoiser):
+class DynamicThresholding(DenoiserMap):
     """Clip x0_hat to a quantile of its own absolute values, and rescale to [-1, 1].
 
     c = max(1, quantile of |x0_hat|); x0_hat -> clip(x0_hat, -c, c) / c. Keeps large guidance
     scales from saturating images.
 
     Args:
-        denoiser: the denoiser to threshold.
+        base: the denoiser to threshold.
         quantile: in [0, 1].
 
     Reference: Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep
     Language Understanding", 2022, arXiv 2205.11487, section 2.3.
     """
 
-    denoiser: Denoiser
+    base: Denoiser
     quantile: float = number(0.995)
-
-    @property
-    def process(self) -> Process:
-        """The wrapped denoiser's process."""
-        return self.denoiser.process
-
-    @property
-    def evaluations(self) -> int:
-        """The wrapped denoiser's cost."""
-        return self.denoiser.evaluations
 
     def __call__(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Array:
         """See `Denoiser`."""
-        x0_hat = self.denoiser(x, t, cond, key=key)
+        x0_hat = self.base(x, t, cond, key=key)
         limit = jnp.maximum(jnp.quantile(jnp.abs(x0_hat), self.quantile), 1.0)
         limit = limit.astype(x0_hat.dtype)
         return jnp.clip(x0_hat, -limit, limit) / limit

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
-from jaxdiff.denoiser import Denoiser
-from jaxdiff.processes import Process
+from jaxdiff.denoiser import Denoiser, DenoiserMap
 
 
-class ClassifierFree(Denoiser):
+class ClassifierFree(DenoiserMap):
     """D_null + scale (D_cond - D_null): extrapolate from the unconditional to the conditional.
 
     Kind 1: denoiser to denoiser, stateless. Both evaluations run as one batch of two.
@@ -27,11 +26,6 @@ class ClassifierFree(Denoiser):
     base: Denoiser
     null_cond: PyTree
     scale: float = number(1.0)
-
-    @property
-    def process(self) -> Process:
-        """The base denoiser's process."""
-        return self.base.process
 
     @property
     def evaluations(self) -> int:

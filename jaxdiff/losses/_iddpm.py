@@ -62,7 +62,6 @@ def reverse_step_nll(
 
 def _discretised_nll(x0: Array, mean: Array, log_std: Array) -> Array:
     """-log P(x0) under a Gaussian rounded to 256 levels in [-1, 1], in nats per dimension."""
-
     half, scale = 1 / 255, jnp.exp(-log_std)
     below, above = log_ndtr((x0 + half - mean) * scale), log_ndtr((mean - x0 + half) * scale)
     # A bin's mass is the same on either side of the mean; on the left it does not cancel.

@@ -1,0 +1,19 @@
+"""`import jaxdiff` needs the base dependencies alone."""
+
+import subprocess
+import sys
+
+EXTRAS = ("grain", "sklearn", "pyarrow", "PIL", "matplotlib", "tyro", "tqdm", "tensorboardX")
+
+
+def test_import_loads_no_extras_and_runs_without_them():
+    program = f"""
+import sys
+for name in {EXTRAS}:
+    sys.modules[name] = None  # importing it now fails
+import jax, jaxdiff, jaxdiff.data, jaxdiff.training
+oracle = jaxdiff.oracles.gaussian(jaxdiff.processes.VP(), [0.0, 0.0], jax.numpy.eye(2))
+print(jaxdiff.sample(jax.random.key(0), oracle, (2,), 3, times=2).x.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "(3, 2)", done.stderr
