@@ -7,7 +7,7 @@ import pytest
 from cases import mixture
 
 import jaxdiff
-from jaxdiff import guidance, processes, solvers
+from jaxdiff import guidance, parallel, processes, solvers
 from jaxdiff.denoiser import Denoiser
 
 
@@ -39,6 +39,10 @@ def run(oracle, count=64, **options):
     return jaxdiff.sample(jax.random.key(0), oracle, (2,), count, **options)
 
 
+def data_sharding(devices):
+    return parallel.batch_sharding(parallel.make_mesh(devices=jax.devices()[:devices]))
+
+
 def test_sample_i_does_not_depend_on_the_batch(oracle):
     whole = run(oracle)
     for batch_size in (1, 7):
@@ -57,7 +61,8 @@ def test_noise_is_bitwise_the_same_in_any_batch(oracle):
     )
     times = jnp.asarray([1.0, 0.5])
     whole = run(quiet, times=times).x
-    for options in ({"batch_size": 1}, {"batch_size": 7}):
+    shardings = [{"sharding": data_sharding(devices)} for devices in (1, 2, 4, 8)]
+    for options in ({"batch_size": 1}, {"batch_size": 7}, *shardings):
         np.testing.assert_array_equal(run(quiet, times=times, **options).x, whole)
     np.testing.assert_array_equal(run(quiet, count=7, times=times).x, whole[:7])
 
@@ -65,10 +70,7 @@ def test_noise_is_bitwise_the_same_in_any_batch(oracle):
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_sample_i_does_not_depend_on_the_devices(oracle, devices):
     whole = run(oracle)
-    mesh = jax.make_mesh(
-        (devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-    )
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    sharding = data_sharding(devices)
     # Weights committed to one device, as a checkpoint restores them, come along.
     spread = run(jax.device_put(oracle, jax.devices()[0]), sharding=sharding)
     assert len(spread.x.sharding.device_set) == devices
@@ -77,8 +79,7 @@ def test_sample_i_does_not_depend_on_the_devices(oracle, devices):
 
 def compiled(oracle, **options):
     """The optimised program of a sampler sharded over eight devices."""
-    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    sharding = data_sharding(8)
     fn = lambda oracle: run(oracle, sharding=sharding, **options)
     return jax.jit(fn).lower(oracle).compile().as_text()
 

@@ -95,11 +95,11 @@ def main(options: Options) -> None:
 
     target = Path(options.out or Path(options.run_dir) / f"samples-{options.seed}")
     arrays = {"x": samples} if cond is None else {"x": samples, "cond": np.asarray(cond)}
-    np.savez(target.with_suffix(".npz"), **arrays)
+    np.savez(f"{target}.npz", **arrays)
     if len(source.event_shape) == 3:
-        report.image_grid(samples, target.with_suffix(".png"), columns=min(count, 10))
+        report.image_grid(samples, Path(f"{target}.png"), columns=min(count, 10))
     else:
-        report.scatter(samples, source[np.arange(len(source))]["x"], target.with_suffix(".png"))
+        report.scatter(samples, source[np.arange(len(source))]["x"], Path(f"{target}.png"))
     print(
         f"{count} samples of step {int(state.step)}, {int(out.nfe[0])} evaluations each, "
         f"{rate:.1f} images/s (compilation included): {target}.npz, {target}.png"
