@@ -57,8 +57,8 @@ class Noise(solvers.DiffusionSolver):
 
     stochastic = True
 
-    def update(self, problem, x, t, s, *, key, memory):
-        return jax.random.normal(key, x.shape, x.dtype), memory, 0
+    def update(self, problem, x, step):
+        return jax.random.normal(step.key, x.shape, x.dtype), step.memory, 0
 
 
 def test_noise_is_bitwise_the_same_in_any_batch_and_on_any_devices(oracle):

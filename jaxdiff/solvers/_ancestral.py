@@ -6,7 +6,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
 from jaxdiff.denoiser import LearnedVarianceDenoiser
-from jaxdiff.solvers._base import DiffusionSolver, Problem
+from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
 from jaxdiff.solvers._ddim import posterior_std
 
 
@@ -54,19 +54,11 @@ class Ancestral(DiffusionSolver):
         """True."""
         return True
 
-    def update(
-        self,
-        problem: Problem,
-        x: Array,
-        t: Array,
-        s: Array,
-        *,
-        key: PRNGKeyArray | None,
-        memory: PyTree,
-    ) -> tuple[Array, PyTree, int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
         """See `DiffusionSolver`."""
+        t, s = step.t, step.s
         x0 = problem.x0(x, t)
-        return ancestral_step(problem, x, t, s, x0, self.variance, key), memory, 1
+        return ancestral_step(problem, x, t, s, x0, self.variance, step.key), step.memory, 1
 
 
 class LearnedAncestral(DiffusionSolver):
@@ -83,17 +75,9 @@ class LearnedAncestral(DiffusionSolver):
         """True."""
         return True
 
-    def update(
-        self,
-        problem: Problem,
-        x: Array,
-        t: Array,
-        s: Array,
-        *,
-        key: PRNGKeyArray | None,
-        memory: PyTree,
-    ) -> tuple[Array, PyTree, int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
         """See `DiffusionSolver`."""
+        t, s = step.t, step.s
         if not isinstance(problem.denoiser, LearnedVarianceDenoiser):
             raise TypeError(
                 "`LearnedAncestral` needs a LearnedVarianceDenoiser, got "
@@ -101,4 +85,4 @@ class LearnedAncestral(DiffusionSolver):
             )
         x0, variance = problem.denoiser.with_variance(x, t, problem.cond)
         variance = jnp.clip(variance, 0.0, 1.0)
-        return ancestral_step(problem, x, t, s, x0, variance, key), memory, 1
+        return ancestral_step(problem, x, t, s, x0, variance, step.key), step.memory, 1

@@ -7,6 +7,7 @@ is one update rule, "from t to s".
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import diffrax
@@ -28,6 +29,7 @@ class Problem(eqx.Module):
         key: the example's own key, or None where nothing is random.
         times: the whole grid, `(num_steps + 1,)`; a method with an end rule compares with it.
         direction: -1 from noise to data, +1 from data to noise.
+        plan: what the solver's `plan` made of the grid.
     """
 
     denoiser: Denoiser
@@ -35,6 +37,7 @@ class Problem(eqx.Module):
     key: PRNGKeyArray | None
     times: Array
     direction: int = eqx.field(static=True)
+    plan: PyTree = None
 
     @property
     def process(self) -> Process:
@@ -55,6 +58,24 @@ class Problem(eqx.Module):
         return (x - self.process.alpha(t) * x0) / self.process.sigma(t)
 
 
+class Step(eqx.Module):
+    """One step of one example, from time t to time s.
+
+    Attributes:
+        t: current time.
+        s: target time.
+        key: this step's own key; None where the problem has none.
+        plan: this step's row of the solver's `plan`.
+        memory: what the previous step left.
+    """
+
+    t: Array
+    s: Array
+    key: PRNGKeyArray | None
+    plan: PyTree
+    memory: PyTree
+
+
 class SolverState(eqx.Module):
     """Steps taken, network evaluations spent, and whatever else a method remembers."""
 
@@ -66,35 +87,24 @@ class SolverState(eqx.Module):
 class DiffusionSolver(diffrax.AbstractSolver):
     """Base of the solvers that know they integrate a denoiser.
 
-    A method defines `update`; methods with a history define `init_memory` as well.
+    A method defines `update`; methods with a history define `init_memory` as well, and methods
+    with coefficients `plan`, which computes them for the whole grid before the first step.
     """
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
 
     @abstractmethod
-    def update(
-        self,
-        problem: Problem,
-        x: Array,
-        t: Array,
-        s: Array,
-        *,
-        key: PRNGKeyArray | None,
-        memory: PyTree,
-    ) -> tuple[Array, PyTree, Array | int]:
-        """One step of one example from time t to time s.
+    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
+        """One step of one example.
 
         Args:
             problem: denoiser, condition and grid.
-            x: the state at t, `(*event)`.
-            t: current time.
-            s: target time.
-            key: this step's own key; None where the problem has none.
-            memory: what the previous step left.
+            x: the state at `step.t`, `(*event)`.
+            step: times, key, coefficients and memory.
 
         Returns:
-            The state at s, the memory for the next step, and the number of network
+            The state at `step.s`, the memory for the next step, and the number of network
             evaluations spent.
         """
 
@@ -103,15 +113,24 @@ class DiffusionSolver(diffrax.AbstractSolver):
     def stochastic(self) -> bool:
         """Whether a step draws noise."""
 
+    def plan(self, problem: Problem) -> PyTree:
+        """Coefficients that depend on the grid alone: arrays with one row per step, or None.
+
+        Raises:
+            ValueError: if the method cannot use the grid.
+        """
+        del problem
+        return None
+
     def init_memory(self, problem: Problem, x: Array) -> PyTree:
         """What the first step finds in `memory`."""
         del problem, x
         return None
 
-    def order(self, terms: Any) -> int:
+    def error_order(self, terms: Any) -> float:
         """See diffrax; adaptive step sizes are not offered, so nothing depends on it."""
         del terms
-        return 1
+        return 1.0
 
     def init(self, terms, t0, t1, y0, args) -> SolverState:
         """See diffrax."""
@@ -122,15 +141,29 @@ class DiffusionSolver(diffrax.AbstractSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         """See diffrax."""
         del terms, made_jump
-        t, s = args.direction * t0, args.direction * t1
-        key = None if args.key is None else jax.random.fold_in(args.key, solver_state.step)
-        y1, memory, nfe = self.update(args, y0, t, s, key=key, memory=solver_state.memory)
-        state = SolverState(solver_state.step + 1, solver_state.nfe + nfe, memory)
+        index = solver_state.step
+        step = Step(
+            args.direction * t0,
+            args.direction * t1,
+            None if args.key is None else jax.random.fold_in(args.key, index),
+            jax.tree.map(lambda rows: rows[index], args.plan),
+            solver_state.memory,
+        )
+        y1, memory, nfe = self.update(args, y0, step)
+        state = SolverState(index + 1, solver_state.nfe + nfe, memory)
         return y1, None, dict(y0=y0, y1=y1), state, diffrax.RESULTS.successful
 
     def func(self, terms, t0, y0, args):
         """See diffrax."""
         return terms.vf(t0, y0, args)
+
+
+def combine(weights: Sequence[Array], terms: Sequence[Array]) -> Array:
+    """sum_j weights_j terms_j, over as many weights as there are."""
+    total = weights[0] * terms[0]
+    for j in range(1, len(weights)):
+        total = total + weights[j] * terms[j]
+    return total
 
 
 class GridSteps(diffrax.AbstractStepSizeController):

@@ -3,10 +3,10 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from jaxdiff._tree import _as_float
-from jaxdiff.solvers._base import DiffusionSolver, Problem
+from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
 
 
 def posterior_std(problem: Problem, t: Array, s: Array) -> Array:
@@ -40,24 +40,16 @@ class DDIM(DiffusionSolver):
         """Whether `eta` is given."""
         return self.eta is not None
 
-    def update(
-        self,
-        problem: Problem,
-        x: Array,
-        t: Array,
-        s: Array,
-        *,
-        key: PRNGKeyArray | None,
-        memory: PyTree,
-    ) -> tuple[Array, PyTree, int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
         """See `DiffusionSolver`."""
+        t, s = step.t, step.s
         alpha, sigma = problem.process.alpha(s), problem.process.sigma(s)
         x0 = problem.x0(x, t)
         eps = problem.eps(x, t, x0)
         if self.eta is None:
-            return alpha * x0 + sigma * eps, memory, 1
+            return alpha * x0 + sigma * eps, step.memory, 1
         std = self.eta * posterior_std(problem, t, s)
-        noise = jax.random.normal(key, x.shape, x.dtype)
+        noise = jax.random.normal(step.key, x.shape, x.dtype)
         # The difference of squares may round below zero at eta = 1.
         carried = jnp.sqrt(jnp.maximum(sigma**2 - std**2, 0.0))
-        return alpha * x0 + carried * eps + std * noise, memory, 1
+        return alpha * x0 + carried * eps + std * noise, step.memory, 1

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import _as_float, number
-from jaxdiff.solvers._base import DiffusionSolver, Problem
+from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
 
 
 class EDMHeun(DiffusionSolver):
@@ -46,23 +46,15 @@ class EDMHeun(DiffusionSolver):
         y = y + std * jax.random.normal(key, y.shape, y.dtype)
         return y, raised, jnp.where(gamma > 0, problem.process.time(-2 * jnp.log(raised)), t)
 
-    def update(
-        self,
-        problem: Problem,
-        x: Array,
-        t: Array,
-        s: Array,
-        *,
-        key: PRNGKeyArray | None,
-        memory: PyTree,
-    ) -> tuple[Array, PyTree, Array]:
+    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array]:
         """See `DiffusionSolver`."""
+        t, s = step.t, step.s
         process = problem.process
         alpha = process.alpha(s)
         k, target = process.sigma(t) / process.alpha(t), process.sigma(s) / alpha
         y = x / process.alpha(t)
         if self.s_churn is not None:
-            y, k, t = self._churn(problem, y, k, t, key)
+            y, k, t = self._churn(problem, y, k, t, step.key)
 
         slope = (y - problem.x0(process.alpha(t) * y, t)) / k
         euler = y + (target - k) * slope
@@ -72,4 +64,4 @@ class EDMHeun(DiffusionSolver):
             return y + (target - k) * (slope + end_slope) / 2
 
         y = jax.lax.cond(target > 0, correct, lambda: euler)
-        return alpha * y, memory, jnp.where(target > 0, 2, 1)
+        return alpha * y, step.memory, jnp.where(target > 0, 2, 1)

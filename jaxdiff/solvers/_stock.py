@@ -23,6 +23,11 @@ def clock(process: Process, t: Array) -> Array:
     return -process.sigma(t) / (process.alpha(t) + process.sigma(t))
 
 
+def time(process: Process, v: Array) -> Array:
+    """The time of a clock value: the inverse of `clock`, within [t_min, t_max]."""
+    return process.time(2 * (jnp.log1p(v) - jnp.log(-v)))
+
+
 def scale(process: Process, t: Array) -> Array:
     """x / w = alpha + sigma at time t."""
     return process.alpha(t) + process.sigma(t)
@@ -33,7 +38,7 @@ def vector_field(v: Array, w: Array, problem: Problem) -> Array:
     process = problem.process
     v = -problem.direction * v
     noisiest, cleanest = jnp.sort(problem.times)[-1], jnp.sort(problem.times)[0]
-    t = jnp.clip(process.time(2 * (jnp.log1p(v) - jnp.log(-v))), cleanest, noisiest)
+    t = jnp.clip(time(process, v), cleanest, noisiest)
     x = scale(process, t) * w
     x0 = problem.x0(x, t)
     return -problem.direction * (x0 - problem.eps(x, t, x0))
