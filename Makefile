@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test lint format bench methods lock clean
+.PHONY: demo test lint format bench orders methods lock clean
 
 demo: $(READY)
 	$(PY) -m train.pretrain digits
@@ -23,6 +23,11 @@ format: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks.run
+
+# The orders of the solvers, for METHODS.md; minutes.
+orders: $(READY)
+	PYTHONPATH=tests:tests/solvers $(PY) -m benchmarks.orders
+	$(PY) -m jaxdiff.methods
 
 methods: $(READY)
 	$(PY) -m jaxdiff.methods

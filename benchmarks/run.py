@@ -1,7 +1,6 @@
 """`make bench`: ratios to hand-written code on the same network, alternating in one process."""
 
 import resource
-import statistics
 import time
 
 import diffrax
@@ -11,30 +10,11 @@ import optax
 from flax import nnx
 
 import jaxdiff
-from jaxdiff import losses, networks, predictions, processes, solvers
+from benchmarks import solvers
+from benchmarks.measure import paired_ratio, report
+from jaxdiff import losses, networks, predictions, processes
+from jaxdiff.solvers import DDIM
 from jaxdiff.training import Player, init_train_state, make_train_step
-
-
-def paired_ratio(ours, theirs, *, rounds: int = 15, warm: int = 2) -> tuple[float, float, float]:
-    """Median of ours / theirs over alternating rounds, with the quartiles."""
-    for _ in range(warm):
-        jax.block_until_ready((ours(), theirs()))
-    ratios = []
-    for i in range(rounds):
-        spent = {}
-        for fn in (ours, theirs) if i % 2 else (theirs, ours):
-            begun = time.perf_counter()
-            jax.block_until_ready(fn())
-            spent[fn] = time.perf_counter() - begun
-        ratios.append(spent[ours] / spent[theirs])
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return median, low, high
-
-
-def report(name: str, goal: str, ratio: tuple[float, float, float]) -> None:
-    """One line of the table."""
-    median, low, high = ratio
-    print(f"{name:58s} {median:6.3f}  [{low:.3f}, {high:.3f}]  {goal}", flush=True)
 
 
 def small_unet() -> networks.UNet:
@@ -101,67 +81,6 @@ def train_step() -> None:
     )
 
 
-def ddim_scan(process, eta):
-    """A hand-written DDIM loop: one scan over the grid, noise per example."""
-
-    @jax.jit
-    def run(network, key, times):
-        def one(i):
-            prior, path = jax.random.split(jax.random.fold_in(key, i))
-            x = process.sigma(times[0]) * jax.random.normal(prior, (8, 8, 1))
-
-            def step(x, inputs):
-                t, s, n = inputs
-                a, b, c, d = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
-                eps = network(x, 1000 * t, None)
-                x0 = (x - b * eps) / a
-                if eta is None:
-                    return c * x0 + d * eps, None
-                std = eta * d * jnp.sqrt(1 - (a * d / (c * b)) ** 2)
-                noise = jax.random.normal(jax.random.fold_in(path, n), x.shape)
-                return c * x0 + jnp.sqrt(jnp.maximum(d**2 - std**2, 0)) * eps + std * noise, None
-
-            steps = (times[:-1], times[1:], jnp.arange(len(times) - 1))
-            return jax.lax.scan(step, x, steps)[0]
-
-        return jax.vmap(one)(jnp.arange(64))
-
-    return run
-
-
-def sampler(make_network, name: str) -> None:
-    """`sample` against the hand-written loop, 8x8x1, batch 64, 20 steps."""
-    process, network, key = processes.VP(), make_network(), jax.random.key(0)
-    times = process.times(20)
-    denoiser = jaxdiff.NetworkDenoiser(network, process)
-    for kind, eta in (("deterministic", None), ("stochastic", 1.0)):
-        by_hand = ddim_scan(process, eta)
-        solver = solvers.DDIM(eta)
-
-        def ours(solver=solver):
-            return jaxdiff.sample(key, denoiser, (8, 8, 1), 64, solver=solver, times=times).x
-
-        def theirs(by_hand=by_hand):
-            return by_hand(network, key, times)
-
-        difference = jnp.abs(ours() - theirs()).max()
-        assert difference < 1e-3, difference
-        report(f"sample / lax.scan, {name}, {kind}", "<= 1.05", paired_ratio(ours, theirs))
-
-
-def unconditional() -> networks.UNet:
-    """`small_unet` without classes."""
-    return networks.UNet(
-        32,
-        in_channels=1,
-        image_size=8,
-        channel_mults=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(4,),
-        rngs=nnx.Rngs(0),
-    )
-
-
 class Tiny(nnx.Module):
     """One convolution: what remains is the sampler's own cost."""
 
@@ -175,8 +94,8 @@ class Tiny(nnx.Module):
 
 def first_sample() -> None:
     """Seconds from a call to its first result, compilation included."""
-    denoiser = jaxdiff.NetworkDenoiser(unconditional(), processes.VP(), predictions.V())
-    for name, solver in (("DDIM", solvers.DDIM()), ("diffrax.Heun", diffrax.Heun())):
+    denoiser = jaxdiff.NetworkDenoiser(solvers.unet(8, 1, 32), processes.VP(), predictions.V())
+    for name, solver in (("DDIM", DDIM()), ("diffrax.Heun", diffrax.Heun())):
         begun = time.perf_counter()
         out = jaxdiff.sample(jax.random.key(0), denoiser, (8, 8, 1), 64, solver=solver, times=20)
         jax.block_until_ready(out)
@@ -188,8 +107,10 @@ def main() -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; median [quartiles]")
     first_sample()
     train_step()
-    sampler(unconditional, "8x8x1 UNet, batch 64")
-    sampler(Tiny, "8x8x1 one convolution, batch 64")
+    times = processes.VP().times(20)
+    for name in ("DDIM", "Ancestral"):
+        solvers.compare(name, Tiny(), (8, 8, 1), 64, times, 15, "one convolution, ")
+    solvers.main()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{'peak memory of this process':58s} {peak:6.0f} MiB")
 

@@ -36,6 +36,14 @@ from jaxdiff.denoiser import LogNoiseLabel as LogNoiseLabel
 from jaxdiff.denoiser import NetworkDenoiser as NetworkDenoiser
 from jaxdiff.denoiser import Preconditioning as Preconditioning
 from jaxdiff.denoiser import TimeLabel as TimeLabel
+from jaxdiff.likelihood import ExactTrace as ExactTrace
+from jaxdiff.likelihood import Hutchinson as Hutchinson
+from jaxdiff.likelihood import HutchPlusPlus as HutchPlusPlus
+from jaxdiff.likelihood import LogLikelihood as LogLikelihood
+from jaxdiff.likelihood import bits_per_dim as bits_per_dim
+from jaxdiff.likelihood import dequantize as dequantize
+from jaxdiff.likelihood import log_likelihood as log_likelihood
+from jaxdiff.sampling import Path as Path
 from jaxdiff.sampling import Solution as Solution
 from jaxdiff.sampling import denoise as denoise
 from jaxdiff.sampling import invert as invert

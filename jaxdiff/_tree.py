@@ -62,6 +62,16 @@ def derivative(fn: Callable[[Array], Array], t: Array) -> Array:
     return jax.jvp(fn, (t,), (jnp.ones_like(t),))[1]
 
 
+def root(x: Array) -> Array:
+    """sqrt(max(x, 0)), whose derivative where x <= 0 is 0 and not infinite or NaN.
+
+    For variances that are exactly zero, and remain so when their parameters move, at ends of
+    grids and where noise is off.
+    """
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
 def check_key(key: PRNGKeyArray, argument: str = "key") -> None:
     """Reject anything but one typed PRNG key.
 
@@ -81,3 +91,42 @@ def check_key(key: PRNGKeyArray, argument: str = "key") -> None:
             f"`{argument}` must be a single PRNG key, got a batch of shape {key.shape}. "
             "Pass one key; example i draws from fold_in(key, i)."
         )
+
+
+def check_cond(cond: PyTree, num_samples: int) -> None:
+    """Reject conditions that are not one per example.
+
+    Raises:
+        ValueError: if a leaf lacks the leading axis.
+    """
+    for leaf in jax.tree.leaves(cond):
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_samples:
+            raise ValueError(
+                f"`cond` must have a leading axis of one entry per example, {num_samples}, got a "
+                f"leaf of shape {jnp.shape(leaf)}. Repeat a shared condition with "
+                "jnp.broadcast_to."
+            )
+
+
+def check_finite(x: Array) -> None:
+    """Reject states that hold NaN or infinity, where that can be known.
+
+    Raises:
+        ValueError: if `x` is not finite.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return
+    # In numpy, because jax would trace even a constant inside jit.
+    bad = int(np.sum(~np.isfinite(np.asarray(x, float))))
+    if bad:
+        raise ValueError(
+            f"`x` must be finite, got {bad} of {x.size} entries that are NaN or infinite. Drop "
+            "those examples, or check what made them."
+        )
+
+
+def batched(fn: Callable[..., PyTree], batch_size: int | None) -> Callable[..., PyTree]:
+    """Map over the leading axis: all at once, or in chunks of `batch_size` one after another."""
+    if batch_size is None:
+        return jax.vmap(fn)
+    return lambda *args: jax.lax.map(lambda arg: fn(*arg), args, batch_size=batch_size)

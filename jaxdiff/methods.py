@@ -9,6 +9,7 @@ names it, is an error.
 
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ FAMILIES = {
     "oracles": "oracle",
     "networks": "network",
     "solvers": "solver",
+    "likelihood": "likelihood",
     "guidance": "guidance",
     "losses": "loss",
     "training": "training",
@@ -32,7 +34,10 @@ PARTS = {
     "predictions": ("Prediction", "X0"),
     "oracles": ("GaussianMixture",),
     "networks": ("ConvClassifier", "EditedNetwork", "MLP", "Tap"),
-    "solvers": ("DiffusionSolver", "Problem"),
+    "solvers": (
+        *("ChainStates", "DiffusionSolver", "Problem", "RestartInterval", "Schedule", "Step"),
+    ),
+    "likelihood": ("ExactTrace", "LogLikelihood", "TraceEstimator"),
     "losses": ("TimeLaw", "UniformTime", "Weighting"),
     "training": (
         *("CheckpointError", "CheckpointStore", "EMA", "Hook", "Interrupted"),
@@ -40,6 +45,12 @@ PARTS = {
     ),
     "metrics": ("Kernel",),
 }
+
+# Solvers whose order is that of another, or which have none; the text below says which.
+WITHOUT_ORDER = (
+    *("EVODiff", "FixedPointInversion", "LearnedAncestral", "PredictorCorrector", "RNRI"),
+    *("Reflected", "Restart"),
+)
 
 
 def _public(module: ModuleType) -> dict[str, object]:
@@ -94,9 +105,26 @@ def rows() -> tuple[list[str], list[str]]:
     return lines, missing
 
 
+def orders() -> tuple[list[str], list[str]]:
+    """The table of solvers, from what `make orders` measured, and the solvers it lacks."""
+    measured = json.loads((ROOT / "benchmarks" / "orders.json").read_text())
+    lines = [
+        f"| {m['solver']} | `{m['class']}` | {m['kind']} | {m['noise']} | {m['claimed']} | "
+        f"{m['measured']:.2f} | {m['evaluations']} |"
+        for m in measured
+    ]
+    solvers = importlib.import_module("jaxdiff.solvers")
+    public = {n for n, v in _public(solvers).items() if inspect.isclass(v)}
+    own = {n for n in public if issubclass(getattr(solvers, n), solvers.DiffusionSolver)}
+    missing = own - {m["class"] for m in measured} - set(WITHOUT_ORDER) - {"DiffusionSolver"}
+    return lines, [f"solvers.{name} is not in benchmarks/orders.json" for name in sorted(missing)]
+
+
 def main() -> int:
     """Write or check METHODS.md."""
     lines, missing = rows()
+    measured, unmeasured = orders()
+    missing += unmeasured
     for problem in missing:
         print(f"error: {problem}", file=sys.stderr)
     text = "\n".join(
@@ -109,6 +137,19 @@ def main() -> int:
             "| name | kind | paper | file | test |",
             "| --- | --- | --- | --- | --- |",
             *lines,
+            "",
+            "## Orders of the solvers",
+            "",
+            "Measured by `make orders` on closed forms: the global order of deterministic solvers "
+            "on the exact flow of a mixture on the line (the first rows), and of a Gaussian from "
+            "exact starting values; the weak order of solvers with noise by the exact variance. "
+            "Wrappers (`Restart`, `PredictorCorrector`, `Reflected`) have that of what they wrap, "
+            "inversions (`FixedPointInversion`, `RNRI`) that of DDIM, and `EVODiff` does not "
+            "converge.",
+            "",
+            "| solver | class | kind | equation | order claimed | measured | evaluations a step |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *measured,
             "",
         ]
     )

@@ -1,21 +1,21 @@
 """Sampling and inversion: integrating a denoiser with any solver, on any grid."""
 
 import dataclasses
-from collections.abc import Callable
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_key, jit
+from jaxdiff._tree import batched, check_cond, check_finite, check_key, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.parallel import join_devices
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import DiffusionSolver, GridSteps, Problem, SolverState
 from jaxdiff.solvers._ddim import DDIM
-from jaxdiff.solvers._grids import resolve_times
+from jaxdiff.solvers._grids import check_times, resolve_times
 
 
 class Path(eqx.Module):
@@ -50,128 +50,121 @@ class Solution(eqx.Module):
     path: Path | None = None
 
 
-def _process_times(problem: Problem, own: bool) -> Callable[[Array], Array]:
-    """From the solver's clock to the process's time, which the clock's rounding may leave."""
-    low, high = jnp.min(problem.times), jnp.max(problem.times)
-    if own:
-        return lambda clock: jnp.clip(problem.direction * clock, low, high)
-    return lambda clock: jnp.clip(
-        _stock.time(problem.process, -problem.direction * clock), low, high
-    )
-
-
-def _save_states(saveat: diffrax.SaveAt, problem: Problem, own: bool) -> diffrax.SaveAt:
+def _save_states(
+    saveat: diffrax.SaveAt, problem: Problem, gauge: _stock.Gauge
+) -> diffrax.SubSaveAt:
     """The user's SaveAt, in the solver's clock and variables, with the process's time beside."""
-    to_time, fn = _process_times(problem, own), saveat.subs.fn
+    wanted = saveat.subs
 
     def save(clock, state, problem):
-        t = to_time(clock)
-        x = state if own else state * _stock.scale(problem.process, t)
-        return t, fn(t, x, problem)
+        t = gauge.time(problem, clock)
+        return t, wanted.fn(t, state * gauge.scale(problem.process, t), problem)
 
-    def to_clock(ts):
-        if ts is None:
-            return None
-        ts = jnp.asarray(ts, problem.times.dtype)
-        return (
-            problem.direction * ts
-            if own
-            else -problem.direction * _stock.clock(problem.process, ts)
-        )
-
-    sub = saveat.subs
-    return diffrax.SubSaveAt(t0=sub.t0, t1=sub.t1, ts=to_clock(sub.ts), steps=sub.steps, fn=save)
+    ts = wanted.ts
+    if ts is not None:
+        ts = gauge.clock(problem, jnp.asarray(ts, problem.times.dtype))
+    return diffrax.SubSaveAt(t0=wanted.t0, t1=wanted.t1, ts=ts, steps=wanted.steps, fn=save)
 
 
 def _integrate(problem: Problem, x: Array, memory, solver, controller, adjoint, saveat) -> Solution:
     """Integrate one example over its grid."""
-    process, times = problem.process, problem.times
+    gauge, stepper = _stock.gauge(solver, controller is not None)
     own = isinstance(solver, DiffusionSolver)
     if own:
         problem = dataclasses.replace(problem, plan=solver.plan(problem))
-    clock = problem.direction * times if own else -problem.direction * _stock.clock(process, times)
-    start, end = (1.0, 1.0) if own else _stock.scale(process, times[jnp.asarray([0, -1])])
-    max_steps = problem.num_steps if controller is None else 4096
-    subs = [diffrax.SubSaveAt(t1=True)]
+    clock = gauge.clock(problem, problem.times)
+    start, end = gauge.scale(problem.process, problem.times[jnp.asarray([0, -1])])
+    subs, state = [diffrax.SubSaveAt(t1=True)], None
     if saveat is not None:
-        subs.append(_save_states(saveat, problem, own))
-    state = None
-    if own and memory is not None:
+        subs.append(_save_states(saveat, problem, gauge))
+    if memory is not None:
         state = SolverState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), memory)
+    initial = (x / start).astype(x.dtype)
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(_stock.vector_field),
-        solver,
+        gauge.terms(problem, initial),
+        stepper,
         clock[0],
         clock[-1],
         None,
-        x / start,
+        initial,
         args=problem,
         saveat=diffrax.SaveAt(subs=subs, solver_state=own),
         solver_state=state,
         stepsize_controller=GridSteps(clock) if controller is None else controller,
         adjoint=adjoint,
-        max_steps=max_steps,
+        max_steps=problem.num_steps if controller is None else 4096,
         throw=False,
     )
     if own:
         nfe, memory = solution.solver_state.nfe, solution.solver_state.memory
     else:
-        nfe, memory = _stock.count_evaluations(solver, solution.stats["num_steps"]), None
+        nfe = _stock.count_evaluations(stepper, solution.stats["num_steps"])
     nfe = nfe * problem.denoiser.evaluations
     path = None if saveat is None else Path(*solution.ys[1])
     final = (solution.ys[0][0] * end).astype(x.dtype)
     return Solution(final, nfe, solution.result, memory, path)
 
 
-def _batched(fn: Callable, batch_size: int | None) -> Callable:
-    """Map over the leading axis: all at once, or in chunks of `batch_size` one after another."""
-    if batch_size is None:
-        return jax.vmap(fn)
-    return lambda *args: jax.lax.map(lambda arg: fn(*arg), args, batch_size=batch_size)
-
-
 @jit
 def _sample(key, indices, cond, denoiser, times, options, shape, dtype, batch):
-    def one(index, cond):
-        example_key = jax.random.fold_in(key, index)
-        prior_key, path_key = jax.random.split(example_key)
-        x = denoiser.process.sigma(times[0]) * jax.random.normal(prior_key, shape, dtype)
-        problem = Problem(denoiser, cond, path_key, times, -1)
+    def one(index, cond, own_times):
+        grid = times if own_times is None else own_times
+        prior_key, path_key = jax.random.split(jax.random.fold_in(key, index))
+        x = denoiser.process.sigma(grid[0]) * jax.random.normal(prior_key, shape, dtype)
+        problem = Problem(denoiser, cond, path_key, grid, -1)
         return _integrate(problem, x.astype(dtype), None, *options)
 
-    return _batched(one, batch)(indices, cond)
+    return batched(one, batch)(indices, cond, _own_times(times))
+
+
+def _own_times(times: Array) -> Array | None:
+    """Grids of the examples' own, to be mapped over.
+
+    A shared grid stays out of the batch: steps then branch, and do not compute both sides.
+    """
+    return times if times.ndim == 2 else None
 
 
 @jit
 def _solve(key, indices, x, memory, cond, denoiser, times, options, batch, direction):
-    def one(index, x, memory, cond):
+    def one(index, x, memory, cond, own_times):
         path_key = None if key is None else jax.random.fold_in(key, index)
-        problem = Problem(denoiser, cond, path_key, times, direction)
+        grid = times if own_times is None else own_times
+        problem = Problem(denoiser, cond, path_key, grid, direction)
         return _integrate(problem, x, memory, *options)
 
-    return _batched(one, batch)(indices, x, memory, cond)
+    return batched(one, batch)(indices, x, memory, cond, _own_times(times))
 
 
-def _resolve(denoiser, times, solver, *, increasing=False) -> Array:
+def _resolve(denoiser, times, solver, num_samples, *, increasing=False) -> Array:
+    own = isinstance(solver, DiffusionSolver)
+    if not own and not isinstance(solver, _stock.ReverseSDE):
+        _stock.count_evaluations(solver, 0)
     process = denoiser.process
-    if isinstance(solver, DiffusionSolver):
-        return resolve_times(
-            process, times, t_end=process.t_min if increasing else 0.0, increasing=increasing
-        )
-    _stock.count_evaluations(solver, 0)
-    times = resolve_times(process, times, t_end=process.t_min, increasing=increasing)
-    _stock.check_stock(process, times)
+    if jnp.ndim(times) == 2:
+        times = _check_grids(process, jnp.asarray(times), num_samples, increasing)
+    else:
+        t_end = 0.0 if own and not increasing else process.t_min
+        times = resolve_times(process, times, t_end=t_end, increasing=increasing)
+    if not own:
+        _stock.check_stock(process, times)
     return times
 
 
-def _check_cond(cond: PyTree, num_samples: int) -> None:
-    for leaf in jax.tree.leaves(cond):
-        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_samples:
-            raise ValueError(
-                f"`cond` must have a leading axis of one entry per example, {num_samples}, got a "
-                f"leaf of shape {jnp.shape(leaf)}. Repeat a shared condition with "
-                "jnp.broadcast_to."
-            )
+def _check_grids(process, times: Array, num_samples: int, increasing: bool) -> Array:
+    """One grid per example; the worst of them speak for all."""
+    if times.shape[0] != num_samples:
+        raise ValueError(
+            f"`times` of two axes must hold one grid per example, {num_samples}, got shape "
+            f"{times.shape}."
+        )
+    if not isinstance(times, jax.core.Tracer):
+        values = np.asarray(times)
+        gaps = np.diff(values) * (1 if increasing else -1)
+        worst = gaps.min(1).argmin(), values.min(1).argmin(), values.max(1).argmax()
+        for row in sorted(set(worst)):
+            check_times(process, values[row], increasing=increasing)
+    return times
 
 
 def sample(
@@ -204,9 +197,11 @@ def sample(
         shape: shape of one example, `(*event)`.
         num_samples: how many.
         cond: pytree with a leading axis of `num_samples`, or None.
-        solver: a solver of this library, or an explicit diffrax ODE solver, which is then
-            integrated in variables that are finite at both ends.
-        times: number of steps on the process's customary grid, or a decreasing grid of times.
+        solver: a solver of this library; an explicit diffrax ODE solver, which is then
+            integrated in variables that are finite at both ends; or a diffrax SDE solver in a
+            `ReverseSDE`.
+        times: number of steps on the process's customary grid, or a decreasing grid of times,
+            shared, `(num_steps + 1,)`, or one per example, `(num_samples, num_steps + 1)`.
             Grids may end at 0, except for stock solvers, whose customary grid ends at t_min.
         batch_size: examples computed at a time, to bound memory; None for all at once.
         first_index: global index of the first example, to draw a long run in pieces.
@@ -232,8 +227,8 @@ def sample(
     """
     check_key(key)
     _check_controller(solver, stepsize_controller)
-    _check_cond(cond, num_samples)
-    times = _resolve(denoiser, times, solver)
+    check_cond(cond, num_samples)
+    times = _resolve(denoiser, times, solver, num_samples)
     indices = jnp.arange(first_index, first_index + num_samples)
     if sharding is not None:
         indices, cond = jax.device_put((indices, cond), sharding)
@@ -266,7 +261,8 @@ def invert(
         cond: pytree with a leading axis of `num_samples`, or None.
         solver: a deterministic solver.
         times: number of steps on the process's customary grid, from t_min to t_max, or an
-            increasing grid of times that starts where sigma > 0.
+            increasing grid of times, shared or one per example, that starts where sigma > 0
+            unless the solver says otherwise.
         batch_size: as in `sample`.
         stepsize_controller: as in `sample`.
         adjoint: as in `sample`.
@@ -279,11 +275,12 @@ def invert(
         ValueError: for a stochastic solver, a grid that is not increasing or leaves the process,
             or a `cond` of the wrong length.
     """
-    if isinstance(solver, DiffusionSolver) and solver.stochastic:
+    stochastic = isinstance(solver, _stock.ReverseSDE)
+    if stochastic or (isinstance(solver, DiffusionSolver) and solver.stochastic):
         raise ValueError(
             f"`solver` must be deterministic to invert, got {solver}. Use DDIM() or EDMHeun()."
         )
-    times = _resolve(denoiser, times, solver, increasing=True)
+    times = _resolve(denoiser, times, solver, x.shape[0], increasing=True)
     options = (solver, stepsize_controller, adjoint, saveat)
     return _run(None, denoiser, x, memory, cond, times, options, batch_size, 1)
 
@@ -325,26 +322,19 @@ def denoise(
         ValueError: as `sample`.
     """
     check_key(key)
-    times = _resolve(denoiser, times, solver)
+    times = _resolve(denoiser, times, solver, x.shape[0])
     options = (solver, stepsize_controller, adjoint, saveat)
     return _run(key, denoiser, x, memory, cond, times, options, batch_size, -1)
 
 
 def _run(key, denoiser, x, memory, cond, times, options, batch_size, direction):
     _check_controller(*options[:2])
-    _check_cond(cond, x.shape[0])
-    _check_states(x)
+    check_cond(cond, x.shape[0])
+    check_finite(x)
+    if isinstance(options[0], DiffusionSolver):
+        options[0].check_start(denoiser.process, times, memory)
     indices = jnp.arange(x.shape[0])
     return _solve(key, indices, x, memory, cond, denoiser, times, options, batch_size, direction)
-
-
-def _check_states(x: Array) -> None:
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(x))):
-        bad = int(jnp.sum(~jnp.isfinite(x)))
-        raise ValueError(
-            f"`x` must be finite, got {bad} NaN or infinite of {x.size} entries. "
-            "Check what made these states."
-        )
 
 
 def _check_controller(solver, controller) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
@@ -127,6 +128,20 @@ class DiffusionSolver(diffrax.AbstractSolver):
         del problem, x
         return None
 
+    def check_start(self, process: Process, times: Array, memory: PyTree) -> None:
+        """Reject a start that the method cannot make, where the numbers are known.
+
+        Args:
+            process: the forward process.
+            times: the grid, with a leading axis if examples have their own.
+            memory: what the run starts with, or None.
+
+        Raises:
+            ValueError: where the first evaluation is at sigma = 0.
+        """
+        del memory
+        check_noisy_start(type(self), process, times)
+
     def error_order(self, terms: Any) -> float:
         """See diffrax; adaptive step sizes are not offered, so nothing depends on it."""
         del terms
@@ -164,6 +179,35 @@ def combine(weights: Sequence[Array], terms: Sequence[Array]) -> Array:
     for j in range(1, len(weights)):
         total = total + weights[j] * terms[j]
     return total
+
+
+def check_noisy_start(solver: type, process: Process, times: Array) -> None:
+    """Reject grids that start at sigma = 0, where eps_hat is 0 / 0.
+
+    Raises:
+        ValueError: if a grid does.
+    """
+    start = times[..., 0]
+    if not isinstance(start, jax.core.Tracer) and bool(jnp.any(process.sigma(start) == 0)):
+        raise ValueError(
+            f"`times` must start where sigma > 0 with {solver.__name__}, got "
+            f"{float(start.min()):g}. Start at process.t_min = {float(process.t_min):g}, or invert "
+            "by FixedPointInversion or EDICT, which evaluate at the other end of a step."
+        )
+
+
+def check_memoryless(base: DiffusionSolver, memory: PyTree) -> PyTree:
+    """The memory of a solver that another one wraps, if there is nothing in it.
+
+    Raises:
+        ValueError: if there is: steps are inserted or cut, of which it would know nothing.
+    """
+    if jax.tree.leaves(memory):
+        raise ValueError(
+            f"`base` must be a solver of single steps, got {type(base).__name__}, which remembers "
+            "earlier ones. Use e.g. DPMSolver() or EDMHeun()."
+        )
+    return memory
 
 
 class GridSteps(diffrax.AbstractStepSizeController):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxdiff._tree import _as_float
+from jaxdiff._tree import _as_float, root
 from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
 
 
@@ -51,5 +51,5 @@ class DDIM(DiffusionSolver):
         std = self.eta * posterior_std(problem, t, s)
         noise = jax.random.normal(step.key, x.shape, x.dtype)
         # The difference of squares may round below zero at eta = 1.
-        carried = jnp.sqrt(jnp.maximum(sigma**2 - std**2, 0.0))
+        carried = root(sigma**2 - std**2)
         return alpha * x0 + carried * eps + std * noise, step.memory, 1

@@ -31,7 +31,8 @@ class DEIS(Multistep):
         order: r + 1, from 1 to 4. 1 is DDIM.
         clock: what the polynomials are in: "t", the paper's tAB; "noise_level" for k, its
             rho-AB; "log_noise_level" for log k, as in diffusers.
-        lower_order_final: as in `DPMSolverMultistep`. A step to sigma = 0 is of order 1.
+        lower_order_final: as in `DPMSolverMultistep`. With "log_noise_level", a step to
+            sigma = 0 is of order 1.
 
     Raises:
         ValueError: for an unknown order or clock, or a grid of fewer steps than the order.
@@ -65,6 +66,7 @@ class DEIS(Multistep):
         levels = process.sigma(times) / process.alpha(times)
         start, target = levels[:-1, None], levels[1:, None]
         points = start + (target - start) * (1 + jnp.asarray(_POINTS, levels.dtype)) / 2
+        singular = self.clock == "log_noise_level"
         if self.clock == "t":
             clock, inside = times, process.time(-2 * jnp.log(points))
         elif self.clock == "noise_level":
@@ -83,5 +85,5 @@ class DEIS(Multistep):
             return [u**k @ jnp.asarray(_WEIGHTS / 2, u.dtype) for k in range(count)]
 
         orders = step_orders(problem.num_steps, self.order, self.lower_order_final)
-        grid = make_grid(problem, self.prediction, clock, self.history, parts)
+        grid = make_grid(problem, self.prediction, clock, self.history, parts, singular=singular)
         return grid.predictor(orders, rule), None

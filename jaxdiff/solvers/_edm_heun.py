@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import _as_float, number
+from jaxdiff._tree import _as_float, number, root
 from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
 
 
@@ -42,7 +42,7 @@ class EDMHeun(DiffusionSolver):
         gamma = jnp.minimum(self.s_churn / problem.num_steps, jnp.sqrt(2.0) - 1)
         gamma = jnp.where((k >= self.s_tmin) & (k <= self.s_tmax), gamma, 0.0).astype(k.dtype)
         raised = k * (1 + gamma)
-        std = self.s_noise * k * jnp.sqrt(gamma * (2 + gamma))
+        std = self.s_noise * k * root(gamma * (2 + gamma))
         y = y + std * jax.random.normal(key, y.shape, y.dtype)
         return y, raised, jnp.where(gamma > 0, problem.process.time(-2 * jnp.log(raised)), t)
 

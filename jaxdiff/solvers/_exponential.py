@@ -15,6 +15,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdiff._tree import root
 from jaxdiff.predictions import X0, Eps, Prediction
 from jaxdiff.processes import Process
 
@@ -65,11 +66,11 @@ def linear_parts(
     alpha, sigma = process.alpha(s), process.sigma(s)
     if isinstance(prediction, X0):
         carry = sigma / process.sigma(t) * jnp.exp(-eta2 * h)
-        noise = sigma * jnp.sqrt(jnp.maximum(-jnp.expm1(-2 * eta2 * h), 0.0))
+        noise = sigma * root(-jnp.expm1(-2 * eta2 * h))
         return Linear(carry, alpha, (1 + eta2) * h, noise)
     # sigma_s e^h = alpha_s k_t: finite where sigma_s = 0.
     level, target = process.sigma(t) / process.alpha(t), sigma / alpha
-    spread = jnp.sqrt(jnp.maximum(eta2 * (level**2 - target**2), 0.0))
+    spread = root(eta2 * (level**2 - target**2))
     return Linear(alpha / process.alpha(t), (1 + eta2) * sigma, -h, alpha * spread)
 
 

@@ -1,11 +1,29 @@
 """Time grids: decreasing times from noise to data."""
 
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from jaxdiff.processes import Process
+from jaxdiff.processes import Process, Tabulated
+
+
+class Schedule(eqx.Module):
+    """A grid that was searched for.
+
+    Attributes:
+        times: decreasing times, `(num_steps + 1,)`.
+        value: what was minimised, at these times.
+        history: its course, one entry per iteration or generation.
+    """
+
+    times: Array
+    value: Array
+    history: Array
 
 
 def uniform_times(process: Process, num_steps: int, *, t_end: float = 0.0) -> Array:
@@ -32,7 +50,14 @@ def log_snr_times(process: Process, num_steps: int) -> Array:
     return times.at[0].set(process.t_max).at[-1].set(process.t_min)
 
 
-def karras_times(process: Process, num_steps: int, *, rho: float = 7.0) -> Array:
+def karras_times(
+    process: Process,
+    num_steps: int,
+    *,
+    rho: float = 7.0,
+    t_start: ArrayLike | None = None,
+    t_end: ArrayLike | None = None,
+) -> Array:
     """Noise levels k = sigma / alpha uniform in k^(1/rho), from t_max to t_min, then 0.
 
     Args:
@@ -40,16 +65,62 @@ def karras_times(process: Process, num_steps: int, *, rho: float = 7.0) -> Array
         num_steps: number of steps N: N levels down to t_min, and the last step to 0; for a
             process whose t_min is 0, N + 1 levels.
         rho: 7 for quality; 3 equalises the truncation error.
+        t_start: first time; None for t_max.
+        t_end: last time, where sigma > 0, by N + 1 levels; None for t_min and 0.
 
     Reference: Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based
     Generative Models", 2022, arXiv 2206.00364, equation 5.
     """
-    ends = jnp.asarray([process.t_max, process.t_min], jnp.result_type(float))
-    high, low = jnp.exp(-process.log_snr(ends) / (2 * rho))
-    to_zero = not (isinstance(process.t_min, float) and process.t_min == 0)
+
+    def log_level(ramp, high, low):
+        high, low = jnp.exp(high / rho), jnp.exp(low / rho)
+        return rho * jnp.log(high + ramp * (low - high))
+
+    return _by_level(process, num_steps, log_level, t_start, t_end)
+
+
+def polyexponential_times(process: Process, num_steps: int, *, rho: float = 1.0) -> Array:
+    """log k falls as a power of the remaining steps, from t_max to t_min, then 0.
+
+    log k_i = log k_min + (1 - i / (N - 1))^rho log(k_max / k_min), with k = sigma / alpha.
+
+    Args:
+        process: the forward process.
+        num_steps: number of steps N, counted as in `karras_times`.
+        rho: > 0; 1 is the exponential grid, the limit of `karras_times` for rho to infinity:
+            `log_snr_times` of N - 1 steps, then 0. Larger values crowd levels at t_min, where
+            float32 stops telling 50 of them apart beyond rho of about 3.
+
+    Reference: Crowson, "k-diffusion", 2022, github.com/crowsonkb/k-diffusion,
+    `get_sigmas_polyexponential`.
+    """
+    return _by_level(
+        process, num_steps, lambda ramp, high, low: low + (1 - ramp) ** rho * (high - low)
+    )
+
+
+def _by_level(
+    process: Process,
+    num_steps: int,
+    log_level: Callable,
+    t_start: ArrayLike | None = None,
+    t_end: ArrayLike | None = None,
+) -> Array:
+    """Levels between two times by `log_level(ramp, log k_first, log k_last)`, then t = 0.
+
+    A process whose t_min is 0 has no level below it: there, as where `t_end` is given, one level
+    more takes its place.
+    """
+    first = process.t_max if t_start is None else t_start
+    last = process.t_min if t_end is None else t_end
+    dtype = jnp.result_type(float, first, last)
+    ends = jnp.stack([jnp.asarray(first, dtype), jnp.asarray(last, dtype)])
+    high, low = -process.log_snr(ends) / 2
+    lowest = isinstance(process.t_min, float) and process.t_min == 0
+    to_zero = t_end is None and not lowest
     count = max(num_steps, 2) if to_zero else num_steps + 1
-    levels = high + jnp.linspace(0.0, 1.0, count) * (low - high)
-    times = process.time(-2 * rho * jnp.log(levels)).at[0].set(ends[0]).at[-1].set(ends[1])
+    levels = log_level(jnp.linspace(0.0, 1.0, count), high, low)
+    times = process.time(-2 * levels).at[0].set(ends[0]).at[-1].set(ends[1])
     return jnp.append(times[:num_steps], 0.0) if to_zero else times
 
 
@@ -62,6 +133,232 @@ def quadratic_times(process: Process, num_steps: int) -> Array:
     return jnp.linspace(jnp.sqrt(process.t_max), 0.0, num_steps + 1) ** 2
 
 
+def cosine_times(process: Process, num_steps: int, *, sigma_data: float = 1.0) -> Array:
+    """Times uniform in the angle arctan(k / sigma_data), k = sigma / alpha, from t_max to 0.
+
+    With sigma_data = 1 and a variance-preserving process the angle is that of the cosine
+    schedule, alpha = cos(angle): the grid has the noise levels that uniform steps of `Cosine`
+    would have. Below t_min, where noise levels are no longer told apart, t is linear in the
+    angle.
+
+    Args:
+        process: the forward process.
+        num_steps: number of steps, >= 1.
+        sigma_data: > 0; where the levels are densest on a logarithmic scale.
+
+    Returns:
+        Decreasing times, `(num_steps + 1,)`.
+
+    Reference: Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021,
+    arXiv 2102.09672, equation 17 (without its offset); the angle of Salimans, Ho, "Progressive
+    Distillation for Fast Sampling of Diffusion Models", 2022, arXiv 2202.00512, appendix D.
+    """
+    ends = jnp.asarray([process.t_max, process.t_min, 0.0], jnp.result_type(float))
+    first, lowest, last = jnp.arctan2(process.sigma(ends), sigma_data * process.alpha(ends))
+    angle = jnp.linspace(first, last, num_steps + 1)
+    inside = jnp.maximum(angle, lowest)
+    times = process.time(2 * (jnp.log(jnp.cos(inside)) - jnp.log(sigma_data * jnp.sin(inside))))
+    below = process.t_min * (angle - last) / jnp.where(lowest > last, lowest - last, 1.0)
+    times = jnp.where(angle < lowest, below, times)
+    return times.at[0].set(ends[0]).at[-1].set(0.0)
+
+
+def table_times(process: Tabulated, steps: ArrayLike, *, t_end: float = 0.0) -> Array:
+    """The times of given steps of a table, then `t_end`: step k of T is t = (k + 1) / T.
+
+    Args:
+        process: the tabulated process.
+        steps: decreasing integers in [0, T), e.g. `STABLE_DIFFUSION_STEPS`, `(num_steps,)`.
+        t_end: last time; 0 is clean data, 1 / T the table's step 0.
+
+    Returns:
+        Decreasing times, `(num_steps + 1,)`.
+
+    Raises:
+        ValueError: if the times do not decrease strictly or leave the table.
+    """
+    dtype = jnp.result_type(float)
+    times = np.append((np.asarray(steps, dtype) + 1) / process.num_timesteps, t_end)
+    return check_times(process, times.astype(dtype))
+
+
+def discrete_times(
+    process: Tabulated,
+    num_steps: int,
+    spacing: str = "leading",
+    *,
+    offset: int = 0,
+    drop_last: bool = False,
+    t_end: float = 0.0,
+) -> Array:
+    """The customary choices of N of the T steps of a table, then `t_end`.
+
+        "leading"    k_i = i floor(T / N) + offset: what DDPM-style code calls strided steps
+        "trailing"   k_i = round(T - i T / N) - 1: starts at pure noise, right for zero
+                     terminal SNR
+        "linspace"   k_i = round(i (T - 1) / (N - 1)): both ends of the table
+
+    each in decreasing order, with ties rounded to even. Published schedulers disagree on the
+    count: DDIM, PNDM and Euler space N steps; the multistep solvers (DPM-Solver++, UniPC, DEIS,
+    SA-Solver) space N + 1 with "leading" and "linspace" and drop the last, `drop_last`. Their
+    fractional steps (Euler's "linspace" where N - 1 does not divide T - 1, Karras levels in a
+    table) interpolate sigma or log sigma between entries, `Tabulated` log alpha.
+
+    Args:
+        process: the tabulated process.
+        num_steps: N, in [1, T].
+        spacing: "leading", "trailing" or "linspace".
+        offset: added to the steps of "leading"; 1 for Stable Diffusion.
+        drop_last: whether to space N + 1 steps and drop the one nearest to the data.
+        t_end: last time; 0 is clean data, 1 / T the table's step 0 ("sigma_min", or
+            `set_alpha_to_one=False`).
+
+    Returns:
+        Decreasing times, `(num_steps + 1,)`.
+
+    Raises:
+        ValueError: for another spacing, an offset of another spacing, more steps than the table
+            has, or a step of length zero, e.g. "leading" with no offset and t_end = 1 / T.
+
+    Reference: Lin, Liu, Li, Yang, "Common Diffusion Noise Schedules and Sample Steps are
+    Flawed", 2023, arXiv 2305.08891, table 2; the conventions are those of diffusers 0.37.
+    """
+    size, count = process.num_timesteps, num_steps + drop_last
+    if spacing not in ("leading", "trailing", "linspace"):
+        raise ValueError(f'`spacing` must be "leading", "trailing" or "linspace", got {spacing!r}.')
+    if offset and spacing != "leading":
+        raise ValueError(
+            f'`offset` belongs to spacing="leading", got offset={offset} with {spacing!r}.'
+        )
+    if num_steps < 1 or count > size:
+        raise ValueError(
+            f"`num_steps` must be between 1 and the {size - drop_last} steps that can be spaced "
+            f"in this table, got {num_steps}."
+        )
+    if spacing == "trailing":
+        steps = np.round(np.arange(size, 0, -size / num_steps)) - 1
+    elif spacing == "leading":
+        steps = np.arange(count)[::-1] * (size // count) + offset
+    else:
+        steps = np.linspace(0, size - 1, max(count, 2)).round()[::-1]
+    return table_times(process, steps[:num_steps], t_end=t_end)
+
+
+def shifted_times(times: ArrayLike, shift: float) -> Array:
+    """t -> shift t / (1 + (shift - 1) t): more steps at high noise for shift > 1.
+
+    For `RectifiedFlow` this multiplies every noise level sigma / alpha by `shift`, as suits data
+    with shift^2 times the pixels. The ends 0 and 1 stay.
+
+    Args:
+        times: a grid inside [0, 1].
+        shift: > 0; 1 changes nothing, 3 is Stable Diffusion 3's.
+
+    Returns:
+        The shifted grid.
+
+    Raises:
+        ValueError: for a shift that is not positive.
+
+    Reference: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image
+    Synthesis", 2024, arXiv 2403.03206, equation 23, whose sqrt(m / n) is `shift`.
+    """
+    if isinstance(shift, (int, float)) and shift <= 0:
+        raise ValueError(f"`shift` must be positive, got {shift}. Use 1 for no shift.")
+    times = jnp.asarray(times)
+    return shift * times / (1 - times + shift * times)
+
+
+def clip_times(process: Process, times: ArrayLike) -> Array:
+    """A decreasing grid with its ends clipped to [t_min, t_max], where log-SNR is finite.
+
+    Raises:
+        ValueError: see `check_times`; and if more than one time lies at or beyond an end.
+    """
+    times = check_times(process, times)
+    clipped = jnp.clip(times, process.t_min, process.t_max)
+    if not isinstance(clipped, jax.core.Tracer) and np.any(np.diff(clipped) == 0):
+        raise ValueError(
+            f"`times` must have at most one time at or below t_min={process.t_min:g}, and one at "
+            f"or above t_max={process.t_max:g}, got "
+            f"{np.array2string(np.asarray(times), threshold=6)}. Drop the last 0: times[:-1]."
+        )
+    return clipped
+
+
+def interpolate_times(process: Process, times: ArrayLike, num_steps: int) -> Array:
+    """A grid resampled to another number of steps: log k is linear in between, k = sigma / alpha.
+
+    Args:
+        process: the forward process.
+        times: a decreasing grid. Ends beyond [t_min, t_max], such as 0, count as t_min and t_max
+            and are put back afterwards; of a grid of levels down to t_min and then 0, such as
+            `karras_times`, pass the levels alone, `times[:-1]`.
+        num_steps: number of steps of the result, >= 1.
+
+    Returns:
+        Decreasing times, `(num_steps + 1,)`, with the ends of `times`.
+
+    Raises:
+        ValueError: if the grid is not one, or has several times at or beyond t_min or t_max.
+
+    Reference: Sabour, Fidler, Kreis, "Align Your Steps: Optimizing Sampling Schedules in
+    Diffusion Models", 2024, arXiv 2404.14507, and its page of published schedules.
+    """
+    times = check_times(process, times)
+    levels = process.log_snr(clip_times(process, times))
+    old, new = (jnp.linspace(0, 1, n, dtype=times.dtype) for n in (len(times), num_steps + 1))
+    resampled = process.time(jnp.interp(new, old, levels))
+    return resampled.at[0].set(times[0]).at[-1].set(times[-1])
+
+
+def monotone(logits: Array, first: ArrayLike, last: ArrayLike) -> Array:
+    """A strictly monotone grid from unconstrained numbers: gaps (last - first) softmax(logits).
+
+    Summed from the last entry, near which grids of times are finest.
+
+    Args:
+        logits: log gaps up to a constant, `(num_steps,)`.
+        first: first entry.
+        last: last entry, on either side.
+
+    Returns:
+        `(num_steps + 1,)`.
+    """
+    gaps = jnp.cumsum(jax.nn.softmax(logits)[::-1])[:-1][::-1]
+    interior = last + (first - last) * gaps
+    ends = [jnp.full(1, end, interior.dtype) for end in (first, last)]
+    return jnp.concatenate([ends[0], interior, ends[1]])
+
+
+def check_monotone(times: ArrayLike, *, increasing: bool = False, name: str = "times") -> Array:
+    """The grid as an array, after checking what can be known of it without its process.
+
+    Raises:
+        ValueError: if it is not one-dimensional with two or more entries and strictly monotone in
+            the direction asked for.
+    """
+    times = jnp.asarray(times)
+    if times.ndim != 1 or times.shape[0] < 2:
+        raise ValueError(
+            f"`{name}` must be a one-dimensional grid of at least two times, got shape "
+            f"{times.shape}."
+        )
+    if not jnp.issubdtype(times.dtype, jnp.floating):
+        times = times.astype(jnp.result_type(float))
+    if isinstance(times, jax.core.Tracer):
+        return times
+    gaps = np.diff(np.asarray(times)) * (1 if increasing else -1)
+    if not np.all(gaps > 0):
+        raise ValueError(
+            f"`{name}` must strictly {'increase' if increasing else 'decrease'} (time grows with "
+            f"noise), got first={times[0]:g}, last={times[-1]:g}: "
+            f"{np.array2string(np.asarray(times), threshold=6)}."
+            + (f" Pass {name}[::-1]." if np.all(gaps < 0) else "")
+        )
+    return times
+
+
 def check_times(process: Process, times: ArrayLike, *, increasing: bool = False) -> Array:
     """The grid as an array, after checking what can be known of it.
 
@@ -69,28 +366,14 @@ def check_times(process: Process, times: ArrayLike, *, increasing: bool = False)
         ValueError: if it is not one-dimensional with two or more entries, strictly monotone in
             the direction asked for, and inside `[0, horizon]` of the process.
     """
-    times = jnp.asarray(times)
-    if times.ndim != 1 or times.shape[0] < 2:
-        raise ValueError(
-            "`times` must be a number of steps or a one-dimensional grid of at least two times, "
-            f"got shape {times.shape}."
-        )
-    if not jnp.issubdtype(times.dtype, jnp.floating):
-        times = times.astype(jnp.result_type(float))
+    times = check_monotone(times, increasing=increasing)
     if isinstance(times, jax.core.Tracer):
         return times
-    values = np.asarray(times)
-    first, last, word = values[0], values[-1], "increase" if increasing else "decrease"
-    if not np.all(np.diff(values) > 0 if increasing else np.diff(values) < 0):
-        raise ValueError(
-            f"`times` must strictly {word} (time grows with noise), got first={first:g}, "
-            f"last={last:g}: {np.array2string(values, threshold=6)}."
-            + (" Pass times[::-1]." if np.all(np.diff(values[::-1]) > 0) == increasing else "")
-        )
-    if values.min() < 0 or values.max() > process.horizon * (1 + 1e-6):
+    least, most = sorted((float(times[0]), float(times[-1])))
+    if least < 0 or most > process.horizon * (1 + 1e-6):
         raise ValueError(
             f"`times` must lie inside [0, {process.horizon:g}], the time range of "
-            f"{type(process).__name__}, got [{values.min():g}, {values.max():g}]."
+            f"{type(process).__name__}, got [{least:g}, {most:g}]."
         )
     return times
 

@@ -227,6 +227,8 @@ def make_grid(
     clock: Array,
     history: int,
     parts: Callable[[Array], Linear],
+    *,
+    singular: bool = True,
 ) -> Grid:
     """The grid of a method that extrapolates in `clock`.
 
@@ -236,10 +238,11 @@ def make_grid(
         clock: the extrapolation variable at every time, `(num_steps + 1,)`.
         history: past outputs used by a step.
         parts: the linear parts, from the steps' lengths in the clock.
+        singular: whether the clock is infinite at sigma = 0. A step there returns x0_hat: it is
+            infinitely long, and nothing can be extrapolated.
     """
     process, t, s = problem.process, problem.times[:-1], problem.times[1:]
-    ends = process.sigma(s) == 0
-    # A step to sigma = 0 may be infinitely long. It returns x0_hat: nothing is extrapolated there.
+    ends = (process.sigma(s) == 0) & singular
     h = jnp.where(ends, 1.0, jnp.where(ends, 0.0, clock[1:]) - clock[:-1])
     alpha = process.alpha(s)
     if isinstance(prediction, X0):

@@ -1,26 +1,72 @@
-"""Any stock diffrax ODE solver, in variables that are finite at both ends.
+"""In which variables a solver integrates: its own, or diffrax's solvers in finite ones.
 
-With w = x / (alpha + sigma) and the clock v = -sigma / (alpha + sigma), which increases from
--1 (pure noise) to 0 (data), every Gaussian path is the rectified flow of its process,
+Stock ODE solvers integrate w = x / (alpha + sigma) in the clock v = -sigma / (alpha + sigma),
+which increases from -1 (pure noise) to 0 (data). There every Gaussian path is the rectified flow
+of its process,
 
     dw/dv = x0_hat - eps_hat,
 
 regular at both ends. Explicit Euler in it is DDIM exactly; solvers of higher order keep theirs.
 v is small near the data, where floating point then resolves it best.
+
+Stock SDE solvers integrate z = x / sigma in the clock lambda = log(alpha / sigma), where the
+noise is additive:
+
+    dz = [-eta^2 z + (1 + eta^2) e^lambda x0_hat] dlambda + sqrt(2) eta dW.
 """
 
+import dataclasses
+from abc import abstractmethod
+
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
+from jaxdiff._tree import number
 from jaxdiff.processes import Process
-from jaxdiff.solvers._base import Problem
+from jaxdiff.solvers._base import DiffusionSolver, Problem
+
+
+class ReverseSDE(eqx.Module):
+    """A stock diffrax SDE solver on the reverse SDE with noise level eta.
+
+    In z = x / sigma and lambda = log(alpha / sigma) the noise is additive, which solvers such as
+    `diffrax.ShARK` and `diffrax.SRA1` turn into strong order 1.5. The drift is stiff where
+    eta^2 h > 1 in steps h of lambda: `SEEDS` and `SASolver`, which integrate it exactly, stand
+    longer steps.
+
+    Args:
+        solver: `diffrax.Euler()`, `EulerHeun()`, or a stochastic Runge-Kutta method (`ShARK()`,
+            `SRA1()`, `SEA()`, ...). On a grid, each step draws its own increment. With a
+            `stepsize_controller` the increments come from a virtual Brownian tree: the path of
+            an example then does not depend on the steps that sample it, but steps cost more and
+            diffrax's runtime checks come in, which on a mesh need communication.
+        eta: noise level; 1 is Anderson's reverse SDE.
+
+    Raises:
+        TypeError: for other solvers.
+
+    Reference: Kidger, "On Neural Differential Equations", 2021, arXiv 2202.02435, section 4;
+    Foster, dos Reis, Strange, "High Order Splitting Methods for SDEs Satisfying a Commutativity
+    Condition", 2022, arXiv 2210.17543, for ShARK.
+    """
+
+    solver: diffrax.AbstractSolver
+    eta: float = number(1.0)
+
+    def __check_init__(self):
+        if not isinstance(self.solver, (diffrax.Euler, diffrax.EulerHeun, diffrax.AbstractSRK)):
+            raise TypeError(
+                "`solver` must be diffrax.Euler(), EulerHeun() or a stochastic Runge-Kutta method "
+                f"such as ShARK(), got {type(self.solver).__name__}."
+            )
 
 
 def clock(process: Process, t: Array) -> Array:
     """v(t) = -sigma / (alpha + sigma)."""
-    return -process.sigma(t) / (process.alpha(t) + process.sigma(t))
+    return -process.sigma(t) / scale(process, t)
 
 
 def time(process: Process, v: Array) -> Array:
@@ -36,9 +82,7 @@ def scale(process: Process, t: Array) -> Array:
 def vector_field(v: Array, w: Array, problem: Problem) -> Array:
     """dw/dclock; the clock is v when sampling and -v when inverting."""
     process = problem.process
-    v = -problem.direction * v
-    noisiest, cleanest = jnp.sort(problem.times)[-1], jnp.sort(problem.times)[0]
-    t = jnp.clip(time(process, v), cleanest, noisiest)
+    t = _clip(problem, time(process, -problem.direction * v))
     x = scale(process, t) * w
     x0 = problem.x0(x, t)
     return -problem.direction * (x0 - problem.eps(x, t, x0))
@@ -50,8 +94,10 @@ def count_evaluations(solver: diffrax.AbstractSolver, num_steps: Array) -> Array
     Raises:
         TypeError: for solvers whose cost per step is not fixed.
     """
-    if isinstance(solver, diffrax.Euler):
+    if isinstance(solver, (diffrax.Euler, diffrax.EulerHeun)):
         return num_steps
+    if isinstance(solver, diffrax.AbstractSRK):
+        return num_steps * len(solver.tableau.b_sol)
     if isinstance(solver, diffrax.AbstractERK):
         stages = solver.tableau.num_stages
         # A first-same-as-last method evaluates its first stage once, at the start.
@@ -62,8 +108,197 @@ def count_evaluations(solver: diffrax.AbstractSolver, num_steps: Array) -> Array
     )
 
 
+def _clip(problem: Problem, t: Array) -> Array:
+    """Rounding of the clock may leave the grid."""
+    # By its ends, because a reduction over the grid might be spread over devices.
+    low, high = problem.times[-1], problem.times[0]
+    return jnp.clip(t, low, high) if problem.direction == -1 else jnp.clip(t, high, low)
+
+
+class Gauge(eqx.Module):
+    """The variables of one solver: an increasing clock, and the state x / scale(t)."""
+
+    @abstractmethod
+    def clock(self, problem: Problem, t: Array) -> Array:
+        """The clock at a time of the process."""
+
+    @abstractmethod
+    def time(self, problem: Problem, clock: Array) -> Array:
+        """The time of the process, within the grid, at a value of the clock."""
+
+    @abstractmethod
+    def scale(self, process: Process, t: Array) -> Array:
+        """x over the solver's state."""
+
+    @abstractmethod
+    def terms(self, problem: Problem, state: Array) -> diffrax.AbstractTerm:
+        """What diffrax integrates; `state` is the initial one."""
+
+
+class Own(Gauge):
+    """The solvers of this library: x itself, and time with the sign that increases."""
+
+    def clock(self, problem: Problem, t: Array) -> Array:
+        """See `Gauge`."""
+        return problem.direction * t
+
+    def time(self, problem: Problem, clock: Array) -> Array:
+        """See `Gauge`."""
+        return problem.direction * clock
+
+    def scale(self, process: Process, t: Array) -> Array:
+        """1."""
+        return jnp.ones_like(t)
+
+    def terms(self, problem: Problem, state: Array) -> diffrax.ODETerm:
+        """A placeholder: these solvers read the problem instead."""
+        del problem, state
+        return diffrax.ODETerm(lambda t, x, problem: x)
+
+
+class Flow(Gauge):
+    """Stock ODE solvers: the rectified flow of the process."""
+
+    def clock(self, problem: Problem, t: Array) -> Array:
+        """See `Gauge`."""
+        return -problem.direction * clock(problem.process, t)
+
+    def time(self, problem: Problem, clock: Array) -> Array:
+        """See `Gauge`."""
+        return _clip(problem, time(problem.process, -problem.direction * clock))
+
+    def scale(self, process: Process, t: Array) -> Array:
+        """See `Gauge`."""
+        return scale(process, t)
+
+    def terms(self, problem: Problem, state: Array) -> diffrax.ODETerm:
+        """See `Gauge`."""
+        del problem, state
+        return diffrax.ODETerm(vector_field)
+
+
+class AdditiveNoise(diffrax.AbstractTerm):
+    """c dW for a constant c."""
+
+    coefficient: Array
+    path: diffrax.AbstractBrownianPath
+
+    def vf(self, t, y, args):
+        """c."""
+        del t, y, args
+        return self.coefficient
+
+    def contr(self, t0, t1, **kwargs):
+        """The Brownian increment."""
+        return self.path.evaluate(t0, t1, **kwargs)
+
+    def prod(self, vf, control):
+        """Their product; an increment may come with its Levy area."""
+        return jax.tree.map(lambda w: vf * w, control)
+
+
+_AREAS = {
+    diffrax.AbstractSpaceTimeLevyArea: diffrax.SpaceTimeLevyArea,
+    diffrax.AbstractSpaceTimeTimeLevyArea: diffrax.SpaceTimeTimeLevyArea,
+}
+
+
+class GridNoise(diffrax.AbstractBrownianPath):
+    """Brownian increments, with the Levy areas of their kind, drawn for each step by itself.
+
+    Like `diffrax.UnsafeBrownianPath`, which reverse-mode differentiation refuses. An increment
+    is a function of its ends, so that a step that is computed again draws it again.
+    """
+
+    key: PRNGKeyArray
+    shape: jax.ShapeDtypeStruct = eqx.field(static=True)
+    levy_area: type = eqx.field(static=True)
+
+    @property
+    def t0(self):
+        """Anywhere."""
+        return -jnp.inf
+
+    @property
+    def t1(self):
+        """Anywhere."""
+        return jnp.inf
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        """See diffrax."""
+        del left
+        key = self.key
+        for end in (t0, t1):
+            bits = jax.lax.bitcast_convert_type(jnp.asarray(end, jnp.float32), jnp.int32)
+            key = jax.random.fold_in(key, bits)
+        # Variances of the increment, its space-time and its space-time-time Levy area.
+        names = [f.name for f in dataclasses.fields(self.levy_area) if f.name != "dt"]
+        parts = {
+            name: jnp.sqrt((t1 - t0) / scale).astype(self.shape.dtype)
+            * jax.random.normal(part_key, self.shape.shape, self.shape.dtype)
+            for name, scale, part_key in zip(
+                names, (1, 12, 720), jax.random.split(key, len(names)), strict=False
+            )
+        }
+        return self.levy_area(dt=t1 - t0, **parts) if use_levy else parts["W"]
+
+
+class Noisy(Gauge):
+    """Stock SDE solvers: x / sigma and lambda."""
+
+    sde: ReverseSDE
+    adaptive: bool = eqx.field(static=True)
+
+    def clock(self, problem: Problem, t: Array) -> Array:
+        """See `Gauge`."""
+        return problem.process.log_snr(t) / 2
+
+    def time(self, problem: Problem, clock: Array) -> Array:
+        """See `Gauge`."""
+        return _clip(problem, problem.process.time(2 * clock))
+
+    def scale(self, process: Process, t: Array) -> Array:
+        """See `Gauge`."""
+        return process.sigma(t)
+
+    def terms(self, problem: Problem, state: Array) -> diffrax.MultiTerm:
+        """Drift, and additive noise along the example's own Brownian path."""
+        eta, solver = jnp.asarray(self.sde.eta, state.dtype), self.sde.solver
+        area = _AREAS.get(getattr(solver, "minimal_levy_area", None), diffrax.BrownianIncrement)
+        shape = jax.ShapeDtypeStruct(state.shape, state.dtype)
+        if self.adaptive:
+            start, end = self.clock(problem, problem.times[jnp.asarray([0, -1])])
+            resolution = (end - start) / 2**12
+            path = diffrax.VirtualBrownianTree(start, end, resolution, shape, problem.key, area)
+        else:
+            path = GridNoise(problem.key, shape, area)
+
+        def drift(clock, z, problem):
+            t = self.time(problem, clock)
+            x0 = problem.x0((problem.process.sigma(t) * z).astype(z.dtype), t)
+            return ((1 + eta**2) * jnp.exp(clock) * x0 - eta**2 * z).astype(z.dtype)
+
+        noise = AdditiveNoise(jnp.sqrt(jnp.asarray(2.0, state.dtype)) * eta, path)
+        return diffrax.MultiTerm(diffrax.ODETerm(drift), noise)
+
+
+def gauge(
+    solver: diffrax.AbstractSolver | ReverseSDE, adaptive: bool
+) -> tuple[Gauge, diffrax.AbstractSolver]:
+    """The variables of a solver, and the diffrax solver itself."""
+    if isinstance(solver, DiffusionSolver):
+        return Own(), solver
+    if isinstance(solver, ReverseSDE):
+        return Noisy(solver, adaptive), solver.solver
+    return Flow(), solver
+
+
 def check_stock(process: Process, times: Array) -> None:
-    """A Runge-Kutta stage at sigma = 0 would divide zero by zero."""
+    """A stage at sigma = 0 would divide zero by zero.
+
+    Raises:
+        ValueError: if the grid reaches sigma = 0.
+    """
     last = times.min()
     if isinstance(last, jax.core.Tracer):
         return

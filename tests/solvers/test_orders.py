@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PROCESSES, gaussian, times_at
+from cases import PROCESSES, bimodal, gaussian, quantile_error, times_at
 
 import jaxdiff
 from jaxdiff import oracles, solvers
@@ -42,6 +42,45 @@ def test_order_on_the_gaussian_flow_map(x64, name, process):
     oracle = gaussian(PROCESSES[process]())
     errors = [error(solver, oracle, steps) for steps in (40, 80)]
     assert abs(np.log2(errors[0] / errors[1]) - order) < 0.15
+
+
+# On a mixture, whose flow on the line keeps quantiles; order 3 of the midpoint rule on Gaussians
+# is a coincidence.
+ON_THE_LINE = {
+    "DDIM": (solvers.DDIM(), 1),
+    "EDMHeun": (solvers.EDMHeun(), 2),
+    "DPM-Solver-3": (solvers.DPMSolver(3), 3),
+    "DPM-Solver++2M": (solvers.DPMSolverMultistep(2), 2),
+    "BDIA, gamma=1": (solvers.BDIA(), 2),
+    "BDIA, gamma=0.5": (solvers.BDIA(0.5), 1),
+    "EDICT": (solvers.EDICT(), 1),
+    "diffrax.Euler": (diffrax.Euler(), 1),
+    "diffrax.Midpoint": (diffrax.Midpoint(), 2),
+    "diffrax.Heun": (diffrax.Heun(), 2),
+    "diffrax.Bosh3": (diffrax.Bosh3(), 3),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_LINE)
+def test_order_on_the_flow_of_a_mixture(x64, name):
+    solver, order = ON_THE_LINE[name]
+    oracle = bimodal(PROCESSES["VP"]())
+    errors = [quantile_error(solver, oracle, steps) for steps in (80, 160)]
+    assert abs(np.log2(errors[0] / errors[1]) - order) < 0.15
+
+
+def test_midpoint_in_the_stock_variables_is_that_of_the_rectified_flow(x64):
+    """On a rectified flow they are its own: dx/dt = eps - x0 in t."""
+    oracle = bimodal(PROCESSES["RectifiedFlow"]())
+    times = jnp.linspace(0.9, 0.1, 9)
+    x = jnp.asarray([[0.7]])
+    found = jaxdiff.denoise(jax.random.key(0), oracle, x, solver=diffrax.Midpoint(), times=times)
+    velocity = lambda x, t: (x - oracle(x, t)) / t
+    y = x[0]
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        middle = y + (s - t) / 2 * velocity(y, t)
+        y = y + (s - t) * velocity(middle, (t + s) / 2)
+    np.testing.assert_allclose(found.x[0], y, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["DDIM", "EDMHeun", "Heun"])

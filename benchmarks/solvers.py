@@ -1,0 +1,304 @@
+"""Every kind of solver against a hand-written `lax.scan` of the same algorithm.
+
+The loops below know their algorithm and nothing else: no diffrax, no general state, tables of
+coefficients as inputs of the scan. Noise comes from `fold_in(key, n)`, as in the library.
+"""
+
+import time
+from functools import partial
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jaxdiff
+from benchmarks.measure import paired_ratio, report
+from jaxdiff import networks, processes, solvers
+from jaxdiff.predictions import X0
+
+PROCESS = processes.VP()
+
+
+def x0_of(network, x, t):
+    """x0_hat of a network that predicts noise."""
+    return (x - PROCESS.sigma(t) * network(x, 1000 * t, None)) / PROCESS.alpha(t)
+
+
+def eps_of(network, x, t):
+    """What the network predicts."""
+    return network(x, 1000 * t, None)
+
+
+def scanned(step, start, shape, batch):
+    """A sampler from one example's `step((x, *memory), row)`."""
+
+    @jax.jit
+    def run(network, key, times, tables):
+        def one(i):
+            prior, path = jax.random.split(jax.random.fold_in(key, i))
+            x = PROCESS.sigma(times[0]) * jax.random.normal(prior, shape)
+            rows = times[:-1], times[1:], jnp.arange(len(times) - 1), tables
+            carry = (x, *start(x))
+            return jax.lax.scan(partial(step, network, path), carry, rows)[0][0]
+
+        return jax.vmap(one)(jnp.arange(batch))
+
+    return run
+
+
+def noise(path, n, x):
+    """The draw of step n."""
+    return jax.random.normal(jax.random.fold_in(path, n), x.shape)
+
+
+def ddim(network, path, carry, row):
+    """x_s = alpha_s x0 + sigma_s eps."""
+    (x,), (t, s, _, _) = carry, row
+    eps = eps_of(network, x, t)
+    x0 = (x - PROCESS.sigma(t) * eps) / PROCESS.alpha(t)
+    return (PROCESS.alpha(s) * x0 + PROCESS.sigma(s) * eps,), None
+
+
+def ancestral(network, path, carry, row):
+    """DDPM's posterior."""
+    (x,), (t, s, n, _) = carry, row
+    a, b, c, d = PROCESS.alpha(t), PROCESS.sigma(t), PROCESS.alpha(s), PROCESS.sigma(s)
+    eps = eps_of(network, x, t)
+    decay = a * d / (c * b)
+    mean = c * (x - b * eps) / a + d * decay * eps
+    return (mean + d * jnp.sqrt(1 - decay**2) * noise(path, n, x),), None
+
+
+def heun(network, path, carry, row):
+    """EDM's Heun steps in x / alpha; the last one, to zero, by Euler."""
+    (x,), (t, s, _, _) = carry, row
+    k, k_next = PROCESS.sigma(t) / PROCESS.alpha(t), PROCESS.sigma(s) / PROCESS.alpha(s)
+    slope = eps_of(network, x, t)
+    y = x / PROCESS.alpha(t)
+    euler = y + (k_next - k) * slope
+
+    def correct():
+        end = eps_of(network, PROCESS.alpha(s) * euler, s)
+        return y + (k_next - k) * (slope + end) / 2
+
+    y = jax.lax.cond(k_next > 0, correct, lambda: euler)
+    return (PROCESS.alpha(s) * y,), None
+
+
+def multistep(output, order, noisy):
+    """x_s = carry x + sum_j w_j f_j (+ noise)."""
+
+    def step(network, path, carry, row):
+        (x, *past), (t, _, n, (predictor, _)) = carry, row
+        outputs = [output(network, x, t), *past]
+        y = predictor.carry * x
+        for j in range(order):
+            y = y + predictor.outputs[j] * outputs[j]
+        if noisy:
+            y = y + predictor.noise * noise(path, n, x)
+        return (y, *outputs[: order - 1]), None
+
+    return step, lambda x: [jnp.zeros_like(x)] * (order - 1)
+
+
+def corrected(order, noisy):
+    """The same with a corrector, whose new output is the next step's."""
+
+    def step(network, path, carry, row):
+        (x, base, new, *past), (t, _, n, (predictor, corrector)) = carry, row
+        outputs = [x0_of(network, x, t), *past]
+        x = base + new * outputs[0]
+        carried = predictor.carry * x
+        if noisy:
+            carried = carried + predictor.noise * noise(path, n, x)
+        y, base = carried, carried
+        for j in range(order):
+            y = y + predictor.outputs[j] * outputs[j]
+            base = base + corrector.outputs[j] * outputs[j]
+        return (y, base, corrector.new, *outputs[: order - 1]), None
+
+    return step, lambda x: [x, jnp.zeros(()), *[jnp.zeros_like(x)] * (order - 1)]
+
+
+def staged(output, stages, noisy):
+    """Single steps of several stages; the last step, to zero, returns x0_hat."""
+
+    def step(network, path, carry, row):
+        (x,), (t, s, n, (plan, _)) = carry, row
+        first = output(network, x, t)
+        draws = ()
+        if noisy:
+            keys = jax.random.split(jax.random.fold_in(path, n), stages)
+            draws = [jax.random.normal(key, x.shape) for key in keys]
+
+        def advance():
+            outputs, y = [first], x
+            for i, stage in enumerate(plan):
+                if i > 0:
+                    outputs.append(output(network, y, plan[i - 1].t))
+                y = stage.carry * x
+                for weight, value in zip(stage.outputs, outputs, strict=True):
+                    y = y + weight * value
+                for weight, draw in zip(stage.noises, draws, strict=False):
+                    y = y + weight * draw
+            return y
+
+        def end():
+            return first if output is x0_of else (x - PROCESS.sigma(t) * first) / PROCESS.alpha(t)
+
+        return (jax.lax.cond(PROCESS.sigma(s) == 0, end, advance),), None
+
+    return step
+
+
+def stock_heun(network, path, carry, row):
+    """Heun in the variables of the stock solvers, w = x / c."""
+    (w,), (t, s, _, _) = carry, row
+    level = lambda t: PROCESS.sigma(t) / (PROCESS.alpha(t) + PROCESS.sigma(t))  # noqa: E731
+
+    def slope(w, t):
+        x = (PROCESS.alpha(t) + PROCESS.sigma(t)) * w
+        return eps_of(network, x, t) - x0_of(network, x, t)
+
+    h = level(s) - level(t)
+    first = slope(w, t)
+    return (w + h * (first + slope(w + h * first, s)) / 2,), None
+
+
+NONE = lambda x: ()  # noqa: E731
+CASES = {
+    "DDIM": (solvers.DDIM(), ddim, NONE),
+    "Ancestral": (solvers.Ancestral(), ancestral, NONE),
+    "EDMHeun": (solvers.EDMHeun(), heun, NONE),
+    "DPM-Solver-2": (solvers.DPMSolver(2), staged(eps_of, 2, False), NONE),
+    "DPM-Solver++3S": (solvers.DPMSolver(3, X0()), staged(x0_of, 3, False), NONE),
+    "SEEDS-2": (solvers.SEEDS(2), staged(x0_of, 2, True), NONE),
+    "DPM-Solver++2M": (solvers.DPMSolverMultistep(2), *multistep(x0_of, 2, False)),
+    "DPM-Solver++3M": (solvers.DPMSolverMultistep(3), *multistep(x0_of, 3, False)),
+    "SDE-DPM-Solver++2M": (
+        solvers.DPMSolverMultistep(2, eta=1.0),
+        *multistep(x0_of, 2, True),
+    ),
+    "DEIS-3": (solvers.DEIS(3), *multistep(eps_of, 3, False)),
+    "UniPC-3": (solvers.UniPC(3), *corrected(3, False)),
+    "SA-Solver P3C4": (solvers.SASolver(), *corrected(3, True)),
+}
+
+
+def compare(name, network, shape, batch, times, rounds, note=""):
+    """One line: the ratio, and what compiling costs."""
+    solver, step, start = CASES[name]
+    denoiser, key = jaxdiff.NetworkDenoiser(network, PROCESS), jax.random.key(0)
+    problem = solvers.Problem(denoiser, None, key, times, -1)
+    tables, by_hand = solver.plan(problem), scanned(step, start, shape, batch)
+
+    def ours():
+        return jaxdiff.sample(key, denoiser, shape, batch, solver=solver, times=times).x
+
+    def theirs():
+        return by_hand(network, key, times, tables)
+
+    begun = time.perf_counter()
+    x = jax.block_until_ready(ours())
+    between = time.perf_counter()
+    expected = jax.block_until_ready(theirs())
+    compiling = between - begun, time.perf_counter() - between
+    difference = jnp.abs(x - expected).max() / jnp.abs(expected).max()
+    assert difference < 1e-3, (name, difference)
+    ratio = paired_ratio(ours, theirs, rounds=rounds)
+    report(
+        f"{name}, {note}{shape[0]}x{shape[1]}x{shape[2]}, batch {batch}",
+        f"<= 1.05; first call {compiling[0]:.1f} s, by hand {compiling[1]:.1f} s",
+        ratio,
+    )
+
+
+def unet(size, channels, width):
+    """A network that takes milliseconds."""
+    return networks.UNet(
+        width,
+        in_channels=channels,
+        image_size=size,
+        channel_mults=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        rngs=nnx.Rngs(0),
+    )
+
+
+def stock(network, shape, batch, times, rounds):
+    """diffrax.Heun, which has no plan and ends at t_min."""
+    denoiser, key = jaxdiff.NetworkDenoiser(network, PROCESS), jax.random.key(0)
+    scale = lambda t: PROCESS.alpha(t) + PROCESS.sigma(t)  # noqa: E731
+
+    @jax.jit
+    def by_hand(network, key, times):
+        def one(i):
+            prior, path = jax.random.split(jax.random.fold_in(key, i))
+            w = PROCESS.sigma(times[0]) / scale(times[0]) * jax.random.normal(prior, shape)
+            rows = times[:-1], times[1:], jnp.arange(len(times) - 1), None
+            carry = jax.lax.scan(partial(stock_heun, network, path), (w,), rows)[0]
+            return scale(times[-1]) * carry[0]
+
+        return jax.vmap(one)(jnp.arange(batch))
+
+    def ours():
+        return jaxdiff.sample(key, denoiser, shape, batch, solver=diffrax.Heun(), times=times).x
+
+    def theirs():
+        return by_hand(network, key, times)
+
+    difference = jnp.abs(ours() - theirs()).max() / jnp.abs(theirs()).max()
+    assert difference < 1e-3, difference
+    report(f"diffrax.Heun, {shape[0]}x{shape[1]}x{shape[2]}, batch {batch}", "<= 1.05",
+           paired_ratio(ours, theirs, rounds=rounds))  # fmt: skip
+
+
+def reverse_mode() -> None:
+    """The gradient through 10 DDIM steps against a scan of checkpointed steps."""
+    shape, batch, network = (8, 8, 1), 64, unet(8, 1, 32)
+    times, key = PROCESS.times(10), jax.random.key(0)
+
+    @jax.jit
+    @jax.grad
+    def ours(network):
+        denoiser = jaxdiff.NetworkDenoiser(network, PROCESS)
+        return jnp.mean(jaxdiff.sample(key, denoiser, shape, batch, times=times).x ** 2)
+
+    @jax.jit
+    @jax.grad
+    def theirs(network):
+        def one(i):
+            prior, path = jax.random.split(jax.random.fold_in(key, i))
+            x = PROCESS.sigma(times[0]) * jax.random.normal(prior, shape)
+            rows = times[:-1], times[1:], jnp.arange(10), None
+            step = jax.checkpoint(lambda carry, row: ddim(network, path, carry, row))
+            return jax.lax.scan(step, (x,), rows)[0][0]
+
+        return jnp.mean(jax.vmap(one)(jnp.arange(batch)) ** 2)
+
+    def largest(tree):
+        return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+    difference = jax.tree.map(lambda a, b: a - b, ours(network), theirs(network))
+    assert largest(difference) < 1e-3 * largest(theirs(network))
+    ratio = paired_ratio(lambda: ours(network), lambda: theirs(network))
+    report("gradient through 10 DDIM steps / scan of jax.checkpoint", "<= 1.35", ratio)
+
+
+def main(only: str = "") -> None:
+    """Every case, at both sizes."""
+    for size, channels, width, steps, rounds in ((8, 1, 32, 20, 15), (32, 3, 8, 6, 7)):
+        network, shape, times = unet(size, channels, width), (size, size, channels), None
+        for name in CASES:
+            if only in name:
+                times = PROCESS.times(steps)
+                compare(name, network, shape, 64, times, rounds)
+        if only in "diffrax.Heun":
+            stock(network, shape, 64, PROCESS.times(steps, PROCESS.t_min), rounds)
+    reverse_mode()
+
+
+if __name__ == "__main__":
+    main()

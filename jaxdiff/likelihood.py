@@ -1,0 +1,459 @@
+"""Log-likelihood, by the change of variables along the probability-flow ODE.
+
+In the variables of the stock solvers, w = x / c with c = alpha + sigma and a clock q that
+grows with noise, the flow dw/dq = f(w, q) is regular at both ends, and density follows it as
+d log p(w) / dq = -div f. From t_min = eps to t_max = T, in x coordinates,
+
+    log p_eps(x) = log N(x_T; 0, sigma_T^2 I) + d log(c_T / c_eps) + int div f dq.
+
+Reference: Chen, Rubanova, Bettencourt, Duvenaud, "Neural Ordinary Differential Equations",
+2018, arXiv 1806.07366, theorem 1; Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole,
+"Score-Based Generative Modeling through Stochastic Differential Equations", 2021,
+arXiv 2011.13456, appendix D.2, equations 39 and 40.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
+
+from jaxdiff._tree import batched, check_cond, check_finite, check_key, jit
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.solvers import _stock
+from jaxdiff.solvers._base import GridSteps, Problem
+from jaxdiff.solvers._grids import resolve_times
+
+
+class TraceEstimator(eqx.Module):
+    """The divergence of a vector field, exactly or estimated with random probes.
+
+    Probes are drawn once and serve the whole solve, so that the integrand stays smooth. The
+    field is linearised once: all products with its Jacobian share one evaluation.
+    """
+
+    @property
+    @abstractmethod
+    def stochastic(self) -> bool:
+        """Whether it draws probes."""
+
+    @abstractmethod
+    def probes(self, key: PRNGKeyArray | None, w: Array) -> PyTree:
+        """What is drawn for the solve of one example.
+
+        Args:
+            key: the example's typed key.
+            w: a state, `(*event)`, for its shape and dtype.
+        """
+
+    @abstractmethod
+    def __call__(
+        self, f: Callable[[Array], Array], w: Array, probes: PyTree
+    ) -> tuple[Array, Array]:
+        """The field and its divergence.
+
+        Args:
+            f: vector field, `(*event)` to `(*event)`.
+            w: the state, `(*event)`.
+            probes: what `probes` drew.
+
+        Returns:
+            f(w), and estimates of tr(df/dw), `(num_estimates,)`, each unbiased and independent
+            of the others given the state.
+        """
+
+
+class ExactTrace(TraceEstimator):
+    """tr(J) = sum_i e_i^T J e_i, with as many Jacobian products as dimensions.
+
+    Args:
+        chunk: products computed at a time, to bound memory; None for all at once.
+
+    Raises:
+        ValueError: if `chunk` < 1.
+    """
+
+    chunk: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"`chunk` must be at least 1, or None for all, got {self.chunk}.")
+
+    @property
+    def stochastic(self) -> bool:
+        """No."""
+        return False
+
+    def probes(self, key: PRNGKeyArray | None, w: Array) -> None:
+        """Nothing."""
+        del key, w
+
+    def __call__(self, f: Callable, w: Array, probes: None) -> tuple[Array, Array]:
+        """See `TraceEstimator`; one estimate, the exact value."""
+        del probes
+        value, product = _linearize(f, w)
+
+        def diagonal(i):
+            return product(jnp.zeros(w.size, w.dtype).at[i].set(1.0))[i]
+
+        entries = jax.lax.map(diagonal, jnp.arange(w.size), batch_size=self.chunk or w.size)
+        return value, jnp.sum(entries, keepdims=True)
+
+
+_DISTRIBUTIONS = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
+
+
+class Hutchinson(TraceEstimator):
+    """tr(J) = E v^T J v for probes v of unit covariance.
+
+    The variance of one Gaussian probe is 2 ||A||^2, with A = (J + J^T) / 2 and the Frobenius norm;
+    that of a Rademacher probe leaves out the diagonal of A, and so is smaller, 0 for a diagonal
+    J.
+
+    Args:
+        num_probes: number of probes, one estimate each; two or more give a standard error.
+        distribution: "rademacher" (entries -1 or 1) or "gaussian".
+
+    Raises:
+        ValueError: for `num_probes` < 1 or an unknown distribution.
+
+    Reference: Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD: Free-form Continuous
+    Dynamics for Scalable Reversible Generative Models", 2018, arXiv 1810.01367, equation 8.
+    """
+
+    num_probes: int = eqx.field(static=True, default=1)
+    distribution: str = eqx.field(static=True, default="rademacher")
+
+    def __check_init__(self):
+        if self.num_probes < 1:
+            raise ValueError(f"`num_probes` must be at least 1, got {self.num_probes}.")
+        if self.distribution not in _DISTRIBUTIONS:
+            raise ValueError(
+                f'`distribution` must be "rademacher" or "gaussian", got {self.distribution!r}.'
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        """Yes."""
+        return True
+
+    def probes(self, key: PRNGKeyArray | None, w: Array) -> Array:
+        """The probes, `(num_probes, d)`."""
+        return _DISTRIBUTIONS[self.distribution](key, (self.num_probes, w.size), w.dtype)
+
+    def __call__(self, f: Callable, w: Array, probes: Array) -> tuple[Array, Array]:
+        """See `TraceEstimator`; one estimate per probe."""
+        value, product = _linearize(f, w)
+        return value, jnp.sum(probes * jax.vmap(product)(probes), axis=1)
+
+
+class HutchPlusPlus(TraceEstimator):
+    """Exact on a sketch of the range of J, Hutchinson's estimate on what is left.
+
+    With S and G of k = num_probes / 3 Rademacher probes, Q an orthonormal basis of the range of
+    J S and P = I - Q Q^T,
+
+        tr(J) = tr(Q^T J Q) + E g^T P J P g,    g in G.
+
+    Exact for a J of rank up to k, and better than Hutchinson where few eigenvalues dominate;
+    where many are alike it is worse than Rademacher probes, because P J P is no longer nearly
+    diagonal. S and G are fixed for the whole solve, while Q follows the state. Q is a constant
+    to derivatives: the estimate is unbiased whatever Q is, hence its derivative as well (but not
+    exact where the value is).
+
+    Args:
+        num_probes: products with J per evaluation, a multiple of 3. There are num_probes / 3
+            estimates, which share the exact part; two or more give a standard error.
+
+    Raises:
+        ValueError: if `num_probes` is not a positive multiple of 3.
+
+    Reference: Meyer, Musco, Musco, Woodruff, "Hutch++: Optimal Stochastic Trace Estimation",
+    2020, arXiv 2010.09649, algorithm 1.
+    """
+
+    num_probes: int = eqx.field(static=True, default=6)
+
+    def __check_init__(self):
+        if self.num_probes < 1 or self.num_probes % 3:
+            raise ValueError(
+                f"`num_probes` must be a positive multiple of 3, got {self.num_probes}: a third "
+                "each for the sketch, its basis and the remainder."
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        """Yes."""
+        return True
+
+    def probes(self, key: PRNGKeyArray | None, w: Array) -> Array:
+        """S and G, `(2, num_probes / 3, d)`."""
+        return jax.random.rademacher(key, (2, self.num_probes // 3, w.size), w.dtype)
+
+    @jax.default_matmul_precision("highest")
+    def __call__(self, f: Callable, w: Array, probes: Array) -> tuple[Array, Array]:
+        """See `TraceEstimator`; one estimate per probe of G."""
+        sketch, remainder = probes
+        value, product = _linearize(f, w)
+        products = jax.vmap(product)
+        basis = jnp.linalg.qr(jax.lax.stop_gradient(products(sketch)).T)[0].T
+        captured = jnp.sum(basis * products(basis))
+        remainder -= (remainder @ basis.T) @ basis
+        return value, captured + jnp.sum(remainder * products(remainder), axis=1)
+
+
+def _linearize(f: Callable[[Array], Array], w: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """f(w), and the product of its Jacobian with a flat vector `(d,)`."""
+    value, product = jax.linearize(f, w)
+    return value, lambda v: product(v.reshape(w.shape)).reshape(-1)
+
+
+class LogLikelihood(eqx.Module):
+    """What `log_likelihood` returns for a batch.
+
+    Attributes:
+        log_prob: log p(x) in nats, `(batch,)`; NaN where the solver failed.
+        standard_error: of log_prob over the probes, `(batch,)`: 0 for the exact trace, NaN for
+            a single probe. It knows nothing of the solver's own error. A constant to derivatives.
+        latent: the states at the last time, `(batch, *event)`.
+        nfe: network evaluations spent on each example, `(batch,)` integers. The products with
+            the Jacobian come on top: as many as probes, at each evaluation.
+        result: diffrax's result code of each example.
+    """
+
+    log_prob: Array
+    standard_error: Array
+    latent: Array
+    nfe: Array
+    result: diffrax.RESULTS
+
+
+def _augmented_field(q: Array, state: tuple[Array, Array], args: tuple) -> tuple[Array, Array]:
+    problem, trace, probes = args
+    return trace(lambda w: _stock.vector_field(q, w, problem), state[0], probes)
+
+
+def _larger_rms(y: PyTree) -> Array:
+    """The larger error of state and log density: a joint mean would drown the density in d."""
+    return jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(y)]).max()
+
+
+def _spread(estimates: Array, stochastic: bool) -> Array:
+    """Standard error of the mean, from `(num_estimates,)`."""
+    if not stochastic:
+        return jnp.zeros((), estimates.dtype)
+    count = estimates.shape[0]
+    if count == 1:
+        return jnp.full((), jnp.nan, estimates.dtype)
+    # The square root has no derivative where all probes agree.
+    return jax.lax.stop_gradient(estimates.std(ddof=1)) / math.sqrt(count)
+
+
+@jit
+def _log_likelihood(key, x, cond, denoiser, times, trace, solver, controller, adjoint, batch):
+    process, ends = denoiser.process, times[jnp.asarray([0, -1])]
+    clock, (start, end) = -_stock.clock(process, times), _stock.scale(process, ends)
+
+    def one(index, x, cond):
+        w = x / start
+        probes = trace.probes(None if key is None else jax.random.fold_in(key, index), w)
+        problem = Problem(denoiser, cond, None, times, 1)
+        estimates = jax.eval_shape(_augmented_field, clock[0], (w,), (problem, trace, probes))[1]
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(_augmented_field),
+            solver,
+            clock[0],
+            clock[-1],
+            None,
+            (w, jnp.zeros(estimates.shape, w.dtype)),
+            args=(problem, trace, probes),
+            stepsize_controller=GridSteps(clock) if controller is None else controller,
+            adjoint=adjoint,
+            max_steps=clock.shape[0] - 1 if controller is None else 4096,
+            throw=False,
+        )
+        latent, integrals = end * solution.ys[0][0], solution.ys[1][0]
+        sigma = process.sigma(ends[-1])
+        log_prior = jax.scipy.stats.norm.logpdf(latent, scale=sigma).sum()
+        log_prob = log_prior + x.size * jnp.log(end / start) + integrals.mean()
+        failed = solution.result != diffrax.RESULTS.successful
+        nfe = _stock.count_evaluations(solver, solution.stats["num_steps"])
+        return LogLikelihood(
+            jnp.where(failed, jnp.nan, log_prob),
+            _spread(integrals, trace.stochastic),
+            latent.astype(x.dtype),
+            nfe * denoiser.evaluations,
+            solution.result,
+        )
+
+    return batched(one, batch)(jnp.arange(x.shape[0]), x, cond)
+
+
+def log_likelihood(
+    denoiser: Denoiser,
+    x: Array,
+    *,
+    cond: PyTree = None,
+    key: PRNGKeyArray | None = None,
+    trace: TraceEstimator = ExactTrace(),
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+    times: int | ArrayLike | None = None,
+    stepsize_controller: diffrax.AbstractStepSizeController | None = diffrax.PIDController(
+        rtol=1e-5, atol=1e-5, norm=_larger_rms
+    ),
+    batch_size: int | None = None,
+    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),
+) -> LogLikelihood:
+    """log p(x) of each example under the probability-flow ODE of a denoiser.
+
+    The prior at t_max is N(0, sigma(t_max)^2 I), as in `sample`. What comes out is the density
+    of the model at the first time, p_eps with eps = t_min, and not of clean data, p_0: x should
+    be data, dequantised if it is discrete, whose density at noise eps is close to its own. With
+    the exact denoiser it differs from the true log p_eps by what the prior leaves out,
+    log N(x_T; 0, sigma_T^2 I) - log p_T(x_T) at the latent x_T, of order alpha_T.
+
+    Differentiable in x and the denoiser. Compiled once for each structure, like `sample`.
+
+    Args:
+        denoiser: the denoiser; deterministic, since no key is passed to it.
+        x: states at the first time, `(batch, *event)`.
+        cond: pytree with a leading axis of `batch`, or None.
+        key: typed PRNG key; example i draws its probes from `fold_in(key, i)`. Needed by the
+            estimators that draw probes.
+        trace: `ExactTrace()` for small events, `Hutchinson(...)` or `HutchPlusPlus(...)`.
+        solver: an explicit diffrax ODE solver.
+        times: an increasing grid of times, or a number of steps on the process's customary
+            grid from t_min to t_max. An adaptive controller takes two times, or None for t_min
+            and t_max.
+        stepsize_controller: a diffrax controller for adaptive steps; None to step through
+            `times`. The default bounds the error of the state and of the log density, in nats,
+            each by 1e-5 plus 1e-5 of its size per step.
+        batch_size: examples computed at a time, to bound memory; None for all at once.
+        adjoint: how to differentiate; `diffrax.ForwardMode()` for forward derivatives.
+
+    Returns:
+        A `LogLikelihood`.
+
+    Raises:
+        TypeError: if `key` is not a typed key, or the solver is not an explicit diffrax one.
+        ValueError: for a missing key, an x that is not finite, a grid that does not increase,
+            leaves the process or does not suit the controller, or a `cond` of the wrong length.
+
+    Reference: Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative
+    Modeling through Stochastic Differential Equations", 2021, arXiv 2011.13456, appendix D.2,
+    equations 39 and 40. They integrate x in t; the density is the same, the path is smoother.
+    """
+    _check_solver(solver)
+    if trace.stochastic:
+        _check_probe_key(key, trace)
+    x = jnp.asarray(x)
+    check_finite(x)
+    check_cond(cond, x.shape[0])
+    times = _resolve(denoiser.process, times, stepsize_controller)
+    return _log_likelihood(
+        key if trace.stochastic else None, x, cond, denoiser, times, trace, solver,
+        stepsize_controller, adjoint, batch_size,
+    )  # fmt: skip
+
+
+def _resolve(process, times, controller) -> Array:
+    if times is None and controller is None:
+        raise ValueError(
+            "`times` must be given to step through a grid, got None with "
+            "`stepsize_controller=None`. Pass a number of steps, e.g. times=100."
+        )
+    times = 1 if times is None else times
+    times = resolve_times(process, times, t_end=process.t_min, increasing=True)
+    if controller is not None and times.shape[0] > 2:
+        raise ValueError(
+            "`times` must be two times, the ends, or None with an adaptive "
+            f"`stepsize_controller`, got {times.shape[0]} times. Pass stepsize_controller=None "
+            "to step through them."
+        )
+    _stock.check_stock(process, times)
+    return times
+
+
+def _check_solver(solver) -> None:
+    if not isinstance(solver, (diffrax.Euler, diffrax.AbstractERK)):
+        raise TypeError(
+            "`solver` must be a stock explicit diffrax ODE solver, which can integrate the state "
+            f"and its density together, got {type(solver).__name__}. Use e.g. diffrax.Tsit5()."
+        )
+
+
+def _check_probe_key(key, trace) -> None:
+    if key is None:
+        raise ValueError(
+            f"`key` must be given to {type(trace).__name__}, which draws probes, got None. Pass "
+            "jax.random.key(seed), or trace=ExactTrace()."
+        )
+    check_key(key)
+
+
+def bits_per_dim(
+    log_prob: ArrayLike,
+    size: int,
+    *,
+    levels: int = 256,
+    low: float = -1.0,
+    high: float = 1.0,
+) -> Array:
+    """Bits per dimension of discrete data, from the log density of its `dequantize`d values.
+
+    -log_prob / (d ln 2) + log2(levels / (high - low)): the offset is +7 for 256 levels on
+    [-1, 1] and +8 on [0, 1]. Averaged over the dequantising noise it is at least what the
+    model's discrete probability, its density integrated over a bin, would give; the average over
+    data is at least their entropy. Of a `variational_bound` in nats with the reconstruction of
+    continuous data, pass its negative.
+
+    Args:
+        log_prob: log density of the dequantised data in nats, any shape.
+        size: d, the size of one example.
+        levels: number of levels of one dimension.
+        low: lower edge of the first bin.
+        high: upper edge of the last bin.
+
+    Returns:
+        Bits per dimension, of the shape of `log_prob`.
+
+    Reference: Theis, van den Oord, Bethge, "A note on the evaluation of generative models",
+    2015, arXiv 1511.01844, section 3.1.
+    """
+    return -jnp.asarray(log_prob) / (size * math.log(2)) + jnp.log2(levels / (high - low))
+
+
+def dequantize(
+    key: PRNGKeyArray, x: Array, *, levels: int = 256, low: float = -1.0, high: float = 1.0
+) -> Array:
+    """Spread discrete data uniformly over bins that tile [low, high].
+
+    Level k, which comes in as low + k (high - low) / (levels - 1), so that the first level is
+    `low` and the last is `high`, goes to low + (k + u) (high - low) / levels with u uniform on
+    [0, 1). The bins are (high - low) / levels wide, a little less than the spacing of the levels,
+    and each contains its level; it is the usual (k + u) / 256, stretched. Train on dequantised
+    data, too, if the likelihood is to count.
+
+    Args:
+        key: typed PRNG key, for all of x; `jax.vmap` over keys and examples for one per example.
+        x: data on the levels, any shape; other values are rounded to the nearest level.
+        levels: number of levels, >= 2.
+        low: value of the first level.
+        high: value of the last level.
+
+    Returns:
+        Continuous data, of the shape and dtype of x.
+
+    Raises:
+        TypeError: if `key` is not a typed key.
+
+    Reference: Theis, van den Oord, Bethge, "A note on the evaluation of generative models",
+    2015, arXiv 1511.01844, section 3.1.
+    """
+    check_key(key)
+    level = jnp.round((x - low) * ((levels - 1) / (high - low)))
+    return low + (level + jax.random.uniform(key, x.shape, x.dtype)) * ((high - low) / levels)

@@ -1,0 +1,149 @@
+"""What every solver promises, whatever its method."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import mixture
+
+import jaxdiff
+from jaxdiff import parallel, processes, solvers
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.predictions import X0, Eps
+
+RESTART = solvers.Restart(intervals=(solvers.RestartInterval(0.5, 3.0),))
+# Every public solver, with the evaluations it spends on six steps of a grid that ends at zero
+# (at t_min for stock solvers).
+SOLVERS = {
+    "Ancestral": (solvers.Ancestral(), 6),
+    "AncestralNoise": (solvers.AncestralNoise(), 11),
+    "BDIA": (solvers.BDIA(), 6),
+    "DDIM": (solvers.DDIM(), 6),
+    "DDIM(0.5)": (solvers.DDIM(0.5), 6),
+    "DEIS": (solvers.DEIS(3), 6),
+    "DPMSolver(2)": (solvers.DPMSolver(2), 11),
+    "DPMSolver(3)": (solvers.DPMSolver(3, X0()), 16),
+    "DPMSolverMultistep": (solvers.DPMSolverMultistep(3), 6),
+    "DPMSolverMultistep(eps, sde)": (solvers.DPMSolverMultistep(2, Eps(), eta=0.7), 6),
+    "EDICT": (solvers.EDICT(), 12),
+    "EDMHeun": (solvers.EDMHeun(), 11),
+    "EDMHeun(churn)": (solvers.EDMHeun(s_churn=4.0), 11),
+    "EVODiff": (solvers.EVODiff(), 6),
+    "EulerMaruyama": (solvers.EulerMaruyama(), 6),
+    "FixedPointInversion": (solvers.FixedPointInversion(), 6),
+    "PNDM": (solvers.PNDM(), 7),
+    "PNDM(runge_kutta)": (solvers.PNDM(4, "runge_kutta"), 15),
+    "PredictorCorrector": (solvers.PredictorCorrector(), 12),
+    "Reflected": (solvers.Reflected(solvers.DDIM(), -3.0, 3.0), 6),
+    "Restart": (RESTART, 11 + 2 * 2 * 2),
+    "RNRI": (solvers.RNRI(), 6),
+    "SASolver": (solvers.SASolver(), 6),
+    "SEEDS": (solvers.SEEDS(3), 16),
+    "UniPC": (solvers.UniPC(), 6),
+    "UniPC(eps)": (solvers.UniPC(2, Eps(), "bh1"), 6),
+    "ReverseSDE": (solvers.ReverseSDE(diffrax.ShARK()), 12),
+    "diffrax.Euler": (diffrax.Euler(), 6),
+    "diffrax.Midpoint": (diffrax.Midpoint(), 12),
+    "diffrax.Heun": (diffrax.Heun(), 12),
+    "diffrax.Tsit5": (diffrax.Tsit5(), 37),
+}
+each_solver = pytest.mark.parametrize("name", SOLVERS)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return mixture(processes.VP(), jnp.float32)
+
+
+def run(denoiser, solver, count=16, times=6, **options):
+    return jaxdiff.sample(
+        jax.random.key(0), denoiser, (2,), count, solver=solver, times=times, **options
+    )
+
+
+class Counting(Denoiser):
+    """Counts its evaluations on the host."""
+
+    denoiser: Denoiser
+    calls: list = eqx.field(static=True, default_factory=list)
+
+    @property
+    def process(self):
+        return self.denoiser.process
+
+    def __hash__(self):
+        return id(self)
+
+    def __call__(self, x, t, cond=None, *, key=None):
+        jax.debug.callback(lambda _: self.calls.append(1), t, ordered=False)
+        return self.denoiser(x, t, cond, key=key)
+
+
+def test_no_solver_is_missing():
+    instances = [solver for solver, _ in SOLVERS.values()]
+    public = {
+        value
+        for value in vars(solvers).values()
+        if isinstance(value, type) and issubclass(value, solvers.DiffusionSolver)
+    }
+    # Needs another kind of denoiser; it has tests of its own.
+    public -= {solvers.DiffusionSolver, solvers.LearnedAncestral}
+    assert public <= {type(solver) for solver in instances}
+
+
+@each_solver
+def test_evaluations_are_the_documented_and_the_counted_ones(oracle, name):
+    solver, expected = SOLVERS[name]
+    counting = Counting(oracle)
+    out = run(counting, solver, count=1)
+    jax.effects_barrier()
+    assert int(out.nfe[0]) == expected == len(counting.calls)
+    assert np.all(np.isfinite(out.x)) and out.x.dtype == jnp.float32
+
+
+@each_solver
+def test_sharded_program_has_no_communication_and_no_host(oracle, name):
+    """Nor does any example depend on the others, or on the devices."""
+    solver, _ = SOLVERS[name]
+    sharding = parallel.batch_sharding(parallel.make_mesh(devices=jax.devices()))
+    program = jax.jit(lambda oracle: run(oracle, solver, sharding=sharding).x)
+    compiled = program.lower(oracle).compile()
+    text = compiled.as_text()
+    for word in ("all-reduce", "all-gather", "collective-permute", "all-to-all", "callback"):
+        assert word not in text, word
+    spread = compiled(oracle)
+    assert len(spread.sharding.device_set) == 8
+    alone = run(oracle, solver, count=5, batch_size=1).x
+    # Six long steps amplify rounding in float32, most so those of high order.
+    np.testing.assert_allclose(spread[:5], alone, rtol=5e-4, atol=5e-4)
+
+
+@each_solver
+def test_samples_have_derivatives_and_a_path(x64, name):
+    """By numbers of the model and by the grid, against a difference quotient."""
+    solver, _ = SOLVERS[name]
+    process_end = 0.0 if isinstance(solver, solvers.DiffusionSolver) else 1e-3
+    oracle = mixture(processes.VP())
+
+    # A draw on a grid of stock solvers is a function of its time.
+    moves = 0.0 if name == "ReverseSDE" else 0.05
+
+    @jax.jit
+    def final(change):
+        scaled = eqx.tree_at(lambda o: o.means, oracle, oracle.means * (1 + change))
+        times = jnp.asarray([1.0, 0.8, 0.6, 0.4, 0.2, 0.1, process_end])
+        times = times + change * moves * jnp.sin(4 * jnp.pi * times)
+        saveat = diffrax.SaveAt(t0=True, steps=True)
+        out = run(scaled, solver, count=2, saveat=saveat, times=times)
+        return out.x.sum(), out
+
+    (_, out), slope = jax.value_and_grad(final, has_aux=True)(0.0)
+    step = 1e-6
+    difference = (final(step)[0] - final(-step)[0]) / (2 * step)
+    np.testing.assert_allclose(slope, difference, rtol=1e-4)
+    # The trajectory starts at the noise and ends at the sample.
+    path = out.path
+    assert path.x.shape == (2, 7, 2) and np.all(np.diff(path.t) < 0)
+    np.testing.assert_allclose(path.x[:, -1], out.x, rtol=1e-12)
