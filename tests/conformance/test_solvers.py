@@ -124,7 +124,7 @@ def test_sharded_program_has_no_communication_and_no_host(oracle, name):
 def test_samples_have_derivatives_and_a_path(x64, name):
     """By numbers of the model and by the grid, against a difference quotient."""
     solver, _ = SOLVERS[name]
-    process_end = 0.0 if isinstance(solver, solvers.DiffusionSolver) else 1e-3
+    last = 0.0 if isinstance(solver, solvers.DiffusionSolver) else 1e-3
     oracle = mixture(processes.VP())
 
     # A draw on a grid of stock solvers is a function of its time.
@@ -133,8 +133,9 @@ def test_samples_have_derivatives_and_a_path(x64, name):
     @jax.jit
     def final(change):
         scaled = eqx.tree_at(lambda o: o.means, oracle, oracle.means * (1 + change))
-        times = jnp.asarray([1.0, 0.8, 0.6, 0.4, 0.2, 0.1, process_end])
-        times = times + change * moves * jnp.sin(4 * jnp.pi * times)
+        inside = jnp.asarray([0.8, 0.6, 0.4, 0.2, 0.1])
+        inside = inside + change * moves * jnp.sin(4 * jnp.pi * inside)
+        times = jnp.concatenate([jnp.ones(1), inside, jnp.full(1, last)])
         saveat = diffrax.SaveAt(t0=True, steps=True)
         out = run(scaled, solver, count=2, saveat=saveat, times=times)
         return out.x.sum(), out
