@@ -159,7 +159,8 @@ def stock_heun(network, path, carry, row):
 
     def slope(w, t):
         x = (PROCESS.alpha(t) + PROCESS.sigma(t)) * w
-        return eps_of(network, x, t) - x0_of(network, x, t)
+        eps = eps_of(network, x, t)
+        return eps - (x - PROCESS.sigma(t) * eps) / PROCESS.alpha(t)
 
     h = level(s) - level(t)
     first = slope(w, t)

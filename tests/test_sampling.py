@@ -132,6 +132,24 @@ def test_nothing_recompiles_when_numbers_change(oracle):
     assert len(traces) == count
 
 
+@pytest.mark.parametrize("solver", [solvers.DDIM(), solvers.BDIA(), diffrax.Heun()])
+def test_everything_works_inside_jit(oracle, solver):
+    """With grids that jit knows, which are checked, and with grids that it traces."""
+    times, x = jnp.linspace(0.9, 0.1, 5), jnp.asarray([[0.3, -0.2]])
+    down = lambda times: jaxdiff.denoise(jax.random.key(0), oracle, x, solver=solver, times=times).x
+    up = lambda times: jaxdiff.invert(oracle, x, solver=solver, times=times).x
+    for fn, grid in ((down, times), (up, times[::-1])):
+        np.testing.assert_allclose(
+            jax.jit(lambda fn=fn, grid=grid: fn(grid))(), fn(grid), atol=1e-5
+        )
+        np.testing.assert_allclose(jax.jit(fn)(grid), fn(grid), atol=1e-5)
+    backwards, from_zero = times[::-1], jnp.linspace(0.0, 0.9, 5)
+    with pytest.raises(ValueError, match="strictly decrease"):
+        jax.jit(lambda: down(backwards))()
+    with pytest.raises(ValueError, match="sigma > 0"):
+        jax.jit(lambda: up(from_zero))()
+
+
 def test_guidance_scale_sweeps_under_vmap(oracle):
     guided = guidance.ClassifierFree(oracle, null_cond=2, scale=1.0)
     cond = jnp.ones(3, jnp.int32)

@@ -77,6 +77,12 @@ class NetworkConfig:
     remat: bool = False
 
 
+SolverName = Literal[
+    *("ddim", "ancestral", "heun", "euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"),
+    *("sa_solver", "seeds"),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Sampling and measuring at the end of a run; may change when a run is resumed.
@@ -93,7 +99,7 @@ class EvaluationConfig:
     num_samples: int = 1000
     per_class: int = 10
     guidance_scale: float = 1.5
-    solver: Literal["ddim", "ancestral", "heun", "euler"] = "ddim"
+    solver: SolverName = "ddim"
     sampling_steps: int = 25
     batch_size: int = 250
 

@@ -33,6 +33,12 @@ SOLVERS = {
     "ancestral": solvers.Ancestral,
     "heun": solvers.EDMHeun,
     "euler": diffrax.Euler,
+    "dpmpp_2m": solvers.DPMSolverMultistep,
+    "dpmpp_2m_sde": lambda: solvers.DPMSolverMultistep(eta=1.0),
+    "unipc": lambda: solvers.UniPC(2),
+    "deis": solvers.DEIS,
+    "sa_solver": lambda: solvers.SASolver(2, 2),
+    "seeds": solvers.SEEDS,
 }
 
 

@@ -6,7 +6,7 @@ python -m train.sample runs/digits --num-samples 64 --labels 3 8 --guidance-scal
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class Options:
     num_samples: int = 64
     labels: tuple[int, ...] = ()
     guidance_scale: float | None = None
-    solver: Literal["ddim", "ancestral", "heun", "euler"] | None = None
+    solver: cfg.SolverName | None = None
     sampling_steps: int | None = None
     batch_size: int | None = None
     seed: int = 0

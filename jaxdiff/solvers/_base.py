@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff.denoiser import Denoiser
@@ -187,11 +188,15 @@ def check_noisy_start(solver: type, process: Process, times: Array) -> None:
     Raises:
         ValueError: if a grid does.
     """
-    start = times[..., 0]
-    if not isinstance(start, jax.core.Tracer) and bool(jnp.any(process.sigma(start) == 0)):
+    if isinstance(times, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        start = np.asarray(times)[..., 0].min()
+        silent = bool(process.sigma(start) == 0)
+    if silent:
         raise ValueError(
             f"`times` must start where sigma > 0 with {solver.__name__}, got "
-            f"{float(start.min()):g}. Start at process.t_min = {float(process.t_min):g}, or invert "
+            f"{start:g}. Start at process.t_min = {float(process.t_min):g}, or invert "
             "by FixedPointInversion or EDICT, which evaluate at the other end of a step."
         )
 

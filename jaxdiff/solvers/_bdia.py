@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxdiff._tree import number
@@ -80,15 +81,16 @@ class BDIA(DiffusionSolver):
             ValueError: for another first step than the remembered one, or a start afresh at
                 sigma = 0.
         """
-        start, following = times[..., 0], times[..., 1]
         if memory is None:
             check_noisy_start(type(self), process, times)
         elif not any(isinstance(t, jax.core.Tracer) for t in (times, memory.t)):
-            ahead = (memory.t - start) * (following - start) > 0
-            if bool(jnp.any(ahead & (memory.t != following))):
+            start, following = np.asarray(times)[..., 0], np.asarray(times)[..., 1]
+            before = np.asarray(memory.t)
+            ahead = (before - start) * (following - start) > 0
+            if np.any(ahead & (before != following)):
                 raise ValueError(
                     "`times` must go back the way that `memory` came, whose last step started at "
-                    f"{memory.t.ravel()[0]:g}, got a first step to {following.ravel()[0]:g}. Pass "
+                    f"{before.ravel()[0]:g}, got a first step to {following.ravel()[0]:g}. Pass "
                     "the same grid, reversed."
                 )
 

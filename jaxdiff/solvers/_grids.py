@@ -348,12 +348,14 @@ def check_monotone(times: ArrayLike, *, increasing: bool = False, name: str = "t
         times = times.astype(jnp.result_type(float))
     if isinstance(times, jax.core.Tracer):
         return times
-    gaps = np.diff(np.asarray(times)) * (1 if increasing else -1)
+    # In numpy, because jax would trace even a constant inside jit.
+    values = np.asarray(times)
+    gaps = np.diff(values) * (1 if increasing else -1)
     if not np.all(gaps > 0):
         raise ValueError(
             f"`{name}` must strictly {'increase' if increasing else 'decrease'} (time grows with "
-            f"noise), got first={times[0]:g}, last={times[-1]:g}: "
-            f"{np.array2string(np.asarray(times), threshold=6)}."
+            f"noise), got first={values[0]:g}, last={values[-1]:g}: "
+            f"{np.array2string(values, threshold=6)}."
             + (f" Pass {name}[::-1]." if np.all(gaps < 0) else "")
         )
     return times
@@ -369,7 +371,7 @@ def check_times(process: Process, times: ArrayLike, *, increasing: bool = False)
     times = check_monotone(times, increasing=increasing)
     if isinstance(times, jax.core.Tracer):
         return times
-    least, most = sorted((float(times[0]), float(times[-1])))
+    least, most = sorted(np.asarray(times)[[0, -1]])
     if least < 0 or most > process.horizon * (1 + 1e-6):
         raise ValueError(
             f"`times` must lie inside [0, {process.horizon:g}], the time range of "

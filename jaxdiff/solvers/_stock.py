@@ -22,6 +22,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff._tree import number
@@ -299,12 +300,14 @@ def check_stock(process: Process, times: Array) -> None:
     Raises:
         ValueError: if the grid reaches sigma = 0.
     """
-    last = times.min()
-    if isinstance(last, jax.core.Tracer):
+    if isinstance(times, jax.core.Tracer):
         return
-    if process.sigma(last) == 0:
+    with jax.ensure_compile_time_eval():
+        last = np.asarray(times).min()
+        silent = bool(process.sigma(last) == 0)
+    if silent:
         raise ValueError(
-            f"`times` must stay where sigma > 0 with a stock diffrax solver, got {float(last):g}. "
+            f"`times` must stay where sigma > 0 with a stock diffrax solver, got {last:g}. "
             f"End the grid at process.t_min = {float(process.t_min):g}, or use a solver of this "
             "library, which takes the last step to 0 exactly."
         )
