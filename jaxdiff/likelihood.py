@@ -26,7 +26,7 @@ from jaxdiff._tree import batched, check_cond, check_finite, check_key, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import GridSteps, Problem
-from jaxdiff.solvers._grids import resolve_times
+from jaxdiff.solvers._times import resolve_times
 
 
 class TraceEstimator(eqx.Module):
@@ -353,14 +353,14 @@ def log_likelihood(
     x = jnp.asarray(x)
     check_finite(x)
     check_cond(cond, x.shape[0])
-    times = _resolve(denoiser.process, times, stepsize_controller)
+    times = _resolve(solver, denoiser.process, times, stepsize_controller)
     return _log_likelihood(
         key if trace.stochastic else None, x, cond, denoiser, times, trace, solver,
         stepsize_controller, adjoint, batch_size,
     )  # fmt: skip
 
 
-def _resolve(process, times, controller) -> Array:
+def _resolve(solver, process, times, controller) -> Array:
     if times is None and controller is None:
         raise ValueError(
             "`times` must be given to step through a grid, got None with "
@@ -374,7 +374,7 @@ def _resolve(process, times, controller) -> Array:
             f"`stepsize_controller`, got {times.shape[0]} times. Pass stepsize_controller=None "
             "to step through them."
         )
-    _stock.check_stock(process, times)
+    _stock.check_stock(solver, process, times)
     return times
 
 

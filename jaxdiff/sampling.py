@@ -6,7 +6,6 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import batched, check_cond, check_finite, check_key, jit
@@ -15,7 +14,7 @@ from jaxdiff.parallel import join_devices
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import DiffusionSolver, GridSteps, Problem, SolverState
 from jaxdiff.solvers._ddim import DDIM
-from jaxdiff.solvers._grids import check_times, resolve_times
+from jaxdiff.solvers._times import check_grids, resolve_times
 
 
 class Path(eqx.Module):
@@ -138,32 +137,14 @@ def _solve(key, indices, x, memory, cond, denoiser, times, options, batch, direc
 
 def _resolve(denoiser, times, solver, num_samples, *, increasing=False) -> Array:
     own = isinstance(solver, DiffusionSolver)
-    if not own and not isinstance(solver, _stock.ReverseSDE):
-        _stock.count_evaluations(solver, 0)
     process = denoiser.process
     if jnp.ndim(times) == 2:
-        times = _check_grids(process, jnp.asarray(times), num_samples, increasing)
+        times = check_grids(process, times, num_samples, increasing=increasing)
     else:
         t_end = 0.0 if own and not increasing else process.t_min
         times = resolve_times(process, times, t_end=t_end, increasing=increasing)
     if not own:
-        _stock.check_stock(process, times)
-    return times
-
-
-def _check_grids(process, times: Array, num_samples: int, increasing: bool) -> Array:
-    """One grid per example; the worst of them speak for all."""
-    if times.shape[0] != num_samples:
-        raise ValueError(
-            f"`times` of two axes must hold one grid per example, {num_samples}, got shape "
-            f"{times.shape}."
-        )
-    if not isinstance(times, jax.core.Tracer):
-        values = np.asarray(times)
-        gaps = np.diff(values) * (1 if increasing else -1)
-        worst = gaps.min(1).argmin(), values.min(1).argmin(), values.max(1).argmax()
-        for row in sorted(set(worst)):
-            check_times(process, values[row], increasing=increasing)
+        _stock.check_stock(solver, process, times)
     return times
 
 

@@ -28,17 +28,13 @@ from jaxdiff.solvers._euler_maruyama import EulerMaruyama as EulerMaruyama
 from jaxdiff.solvers._evodiff import EVODiff as EVODiff
 from jaxdiff.solvers._fixed_point import FixedPointInversion as FixedPointInversion
 from jaxdiff.solvers._grids import Schedule as Schedule
-from jaxdiff.solvers._grids import check_times as check_times
 from jaxdiff.solvers._grids import cosine_times as cosine_times
-from jaxdiff.solvers._grids import discrete_times as discrete_times
 from jaxdiff.solvers._grids import interpolate_times as interpolate_times
 from jaxdiff.solvers._grids import karras_times as karras_times
 from jaxdiff.solvers._grids import log_snr_times as log_snr_times
 from jaxdiff.solvers._grids import polyexponential_times as polyexponential_times
 from jaxdiff.solvers._grids import quadratic_times as quadratic_times
-from jaxdiff.solvers._grids import resolve_times as resolve_times
 from jaxdiff.solvers._grids import shifted_times as shifted_times
-from jaxdiff.solvers._grids import table_times as table_times
 from jaxdiff.solvers._grids import uniform_times as uniform_times
 from jaxdiff.solvers._pndm import PNDM as PNDM
 from jaxdiff.solvers._predictor_corrector import PredictorCorrector as PredictorCorrector
@@ -53,5 +49,9 @@ from jaxdiff.solvers._rnri import RNRI as RNRI
 from jaxdiff.solvers._sa_solver import SASolver as SASolver
 from jaxdiff.solvers._seeds import SEEDS as SEEDS
 from jaxdiff.solvers._stock import ReverseSDE as ReverseSDE
+from jaxdiff.solvers._table_times import discrete_times as discrete_times
+from jaxdiff.solvers._table_times import table_times as table_times
 from jaxdiff.solvers._time_sharing import SharedTimes as SharedTimes
+from jaxdiff.solvers._times import check_times as check_times
+from jaxdiff.solvers._times import resolve_times as resolve_times
 from jaxdiff.solvers._unipc import UniPC as UniPC

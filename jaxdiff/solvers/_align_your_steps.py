@@ -7,13 +7,8 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import check_key, jit
 from jaxdiff.denoiser import Denoiser
-from jaxdiff.solvers._grids import (
-    Schedule,
-    check_times,
-    clip_times,
-    log_snr_times,
-    monotone,
-)
+from jaxdiff.solvers._grids import Schedule, log_snr_times, monotone
+from jaxdiff.solvers._times import check_times, clip_times
 
 # Steps of the 1000-step tables of Stable Diffusion 1.5 and XL, for `table_times`; the published
 # grids of ten steps, whose eleventh level is the table's step 0 or clean data.

@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from jaxdiff._tree import check_key, jit
-from jaxdiff.solvers._grids import Schedule, check_monotone, monotone
+from jaxdiff.solvers._grids import Schedule, monotone
+from jaxdiff.solvers._times import check_monotone
 
 
 def _choose(scores: Array, count: int) -> Array:

@@ -6,10 +6,10 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from jaxdiff.processes import Process, Tabulated
+from jaxdiff.processes import Process
+from jaxdiff.solvers._times import check_times, clip_times
 
 
 class Schedule(eqx.Module):
@@ -163,87 +163,6 @@ def cosine_times(process: Process, num_steps: int, *, sigma_data: float = 1.0) -
     return times.at[0].set(ends[0]).at[-1].set(0.0)
 
 
-def table_times(process: Tabulated, steps: ArrayLike, *, t_end: float = 0.0) -> Array:
-    """The times of given steps of a table, then `t_end`: step k of T is t = (k + 1) / T.
-
-    Args:
-        process: the tabulated process.
-        steps: decreasing integers in [0, T), e.g. `STABLE_DIFFUSION_STEPS`, `(num_steps,)`.
-        t_end: last time; 0 is clean data, 1 / T the table's step 0.
-
-    Returns:
-        Decreasing times, `(num_steps + 1,)`.
-
-    Raises:
-        ValueError: if the times do not decrease strictly or leave the table.
-    """
-    dtype = jnp.result_type(float)
-    times = np.append((np.asarray(steps, dtype) + 1) / process.num_timesteps, t_end)
-    return check_times(process, times.astype(dtype))
-
-
-def discrete_times(
-    process: Tabulated,
-    num_steps: int,
-    spacing: str = "leading",
-    *,
-    offset: int = 0,
-    drop_last: bool = False,
-    t_end: float = 0.0,
-) -> Array:
-    """The customary choices of N of the T steps of a table, then `t_end`.
-
-        "leading"    k_i = i floor(T / N) + offset: what DDPM-style code calls strided steps
-        "trailing"   k_i = round(T - i T / N) - 1: starts at pure noise, right for zero
-                     terminal SNR
-        "linspace"   k_i = round(i (T - 1) / (N - 1)): both ends of the table
-
-    each in decreasing order, with ties rounded to even. Published schedulers disagree on the
-    count: DDIM, PNDM and Euler space N steps; the multistep solvers (DPM-Solver++, UniPC, DEIS,
-    SA-Solver) space N + 1 with "leading" and "linspace" and drop the last, `drop_last`. Their
-    fractional steps (Euler's "linspace" where N - 1 does not divide T - 1, Karras levels in a
-    table) interpolate sigma or log sigma between entries, `Tabulated` log alpha.
-
-    Args:
-        process: the tabulated process.
-        num_steps: N, in [1, T].
-        spacing: "leading", "trailing" or "linspace".
-        offset: added to the steps of "leading"; 1 for Stable Diffusion.
-        drop_last: whether to space N + 1 steps and drop the one nearest to the data.
-        t_end: last time; 0 is clean data, 1 / T the table's step 0 ("sigma_min", or
-            `set_alpha_to_one=False`).
-
-    Returns:
-        Decreasing times, `(num_steps + 1,)`.
-
-    Raises:
-        ValueError: for another spacing, an offset of another spacing, more steps than the table
-            has, or a step of length zero, e.g. "leading" with no offset and t_end = 1 / T.
-
-    Reference: Lin, Liu, Li, Yang, "Common Diffusion Noise Schedules and Sample Steps are
-    Flawed", 2023, arXiv 2305.08891, table 2; the conventions are those of diffusers 0.37.
-    """
-    size, count = process.num_timesteps, num_steps + drop_last
-    if spacing not in ("leading", "trailing", "linspace"):
-        raise ValueError(f'`spacing` must be "leading", "trailing" or "linspace", got {spacing!r}.')
-    if offset and spacing != "leading":
-        raise ValueError(
-            f'`offset` belongs to spacing="leading", got offset={offset} with {spacing!r}.'
-        )
-    if num_steps < 1 or count > size:
-        raise ValueError(
-            f"`num_steps` must be between 1 and the {size - drop_last} steps that can be spaced "
-            f"in this table, got {num_steps}."
-        )
-    if spacing == "trailing":
-        steps = np.round(np.arange(size, 0, -size / num_steps)) - 1
-    elif spacing == "leading":
-        steps = np.arange(count)[::-1] * (size // count) + offset
-    else:
-        steps = np.linspace(0, size - 1, max(count, 2)).round()[::-1]
-    return table_times(process, steps[:num_steps], t_end=t_end)
-
-
 def shifted_times(times: ArrayLike, shift: float) -> Array:
     """t -> shift t / (1 + (shift - 1) t): more steps at high noise for shift > 1.
 
@@ -267,23 +186,6 @@ def shifted_times(times: ArrayLike, shift: float) -> Array:
         raise ValueError(f"`shift` must be positive, got {shift}. Use 1 for no shift.")
     times = jnp.asarray(times)
     return shift * times / (1 - times + shift * times)
-
-
-def clip_times(process: Process, times: ArrayLike) -> Array:
-    """A decreasing grid with its ends clipped to [t_min, t_max], where log-SNR is finite.
-
-    Raises:
-        ValueError: see `check_times`; and if more than one time lies at or beyond an end.
-    """
-    times = check_times(process, times)
-    clipped = jnp.clip(times, process.t_min, process.t_max)
-    if not isinstance(clipped, jax.core.Tracer) and np.any(np.diff(clipped) == 0):
-        raise ValueError(
-            f"`times` must have at most one time at or below t_min={process.t_min:g}, and one at "
-            f"or above t_max={process.t_max:g}, got "
-            f"{np.array2string(np.asarray(times), threshold=6)}. Drop the last 0: times[:-1]."
-        )
-    return clipped
 
 
 def interpolate_times(process: Process, times: ArrayLike, num_steps: int) -> Array:
@@ -329,74 +231,3 @@ def monotone(logits: Array, first: ArrayLike, last: ArrayLike) -> Array:
     interior = last + (first - last) * gaps
     ends = [jnp.full(1, end, interior.dtype) for end in (first, last)]
     return jnp.concatenate([ends[0], interior, ends[1]])
-
-
-def check_monotone(times: ArrayLike, *, increasing: bool = False, name: str = "times") -> Array:
-    """The grid as an array, after checking what can be known of it without its process.
-
-    Raises:
-        ValueError: if it is not one-dimensional with two or more entries and strictly monotone in
-            the direction asked for.
-    """
-    times = jnp.asarray(times)
-    if times.ndim != 1 or times.shape[0] < 2:
-        raise ValueError(
-            f"`{name}` must be a one-dimensional grid of at least two times, got shape "
-            f"{times.shape}."
-        )
-    if not jnp.issubdtype(times.dtype, jnp.floating):
-        times = times.astype(jnp.result_type(float))
-    if isinstance(times, jax.core.Tracer):
-        return times
-    # In numpy, because jax would trace even a constant inside jit.
-    values = np.asarray(times)
-    gaps = np.diff(values) * (1 if increasing else -1)
-    if not np.all(gaps > 0):
-        raise ValueError(
-            f"`{name}` must strictly {'increase' if increasing else 'decrease'} (time grows with "
-            f"noise), got first={values[0]:g}, last={values[-1]:g}: "
-            f"{np.array2string(values, threshold=6)}."
-            + (f" Pass {name}[::-1]." if np.all(gaps < 0) else "")
-        )
-    return times
-
-
-def check_times(process: Process, times: ArrayLike, *, increasing: bool = False) -> Array:
-    """The grid as an array, after checking what can be known of it.
-
-    Raises:
-        ValueError: if it is not one-dimensional with two or more entries, strictly monotone in
-            the direction asked for, and inside `[0, horizon]` of the process.
-    """
-    times = check_monotone(times, increasing=increasing)
-    if isinstance(times, jax.core.Tracer):
-        return times
-    least, most = sorted(np.asarray(times)[[0, -1]])
-    if least < 0 or most > process.horizon * (1 + 1e-6):
-        raise ValueError(
-            f"`times` must lie inside [0, {process.horizon:g}], the time range of "
-            f"{type(process).__name__}, got [{least:g}, {most:g}]."
-        )
-    return times
-
-
-def resolve_times(
-    process: Process, times: int | ArrayLike, *, t_end: float = 0.0, increasing: bool = False
-) -> Array:
-    """A number of steps becomes the grid customary for the process; a grid is checked.
-
-    Args:
-        process: the forward process.
-        times: number of steps, or a grid.
-        t_end: where a customary grid ends.
-        increasing: whether the grid runs from data to noise.
-
-    Raises:
-        ValueError: see `check_times`.
-    """
-    if isinstance(times, int):
-        if times < 1:
-            raise ValueError(f"`times` must be at least one step, got {times}.")
-        grid = process.times(times, t_end)
-        times = grid[::-1] if increasing else grid
-    return check_times(process, times, increasing=increasing)

@@ -294,12 +294,22 @@ def gauge(
     return Flow(), solver
 
 
-def check_stock(process: Process, times: Array) -> None:
-    """A stage at sigma = 0 would divide zero by zero.
+def check_stock(
+    solver: diffrax.AbstractSolver | ReverseSDE, process: Process, times: Array
+) -> None:
+    """Reject solvers of other equations, and stages at sigma = 0, which divide zero by zero.
 
     Raises:
+        TypeError: for an SDE solver as such, and for implicit ones.
         ValueError: if the grid reaches sigma = 0.
     """
+    if isinstance(solver, (diffrax.AbstractSRK, diffrax.EulerHeun)):
+        raise TypeError(
+            f"`solver` must be a solver of ODEs, got {type(solver).__name__}, which solves SDEs. "
+            f"Wrap it: ReverseSDE(diffrax.{type(solver).__name__}())."
+        )
+    if not isinstance(solver, ReverseSDE):
+        count_evaluations(solver, 0)
     if isinstance(times, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
