@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test lint format bench orders methods lock clean
+.PHONY: demo test lint format bench orders methods notebooks lock clean
 
 demo: $(READY)
 	$(PY) -m train.pretrain digits
@@ -32,11 +32,16 @@ orders: $(READY)
 methods: $(READY)
 	$(PY) -m jaxdiff.methods
 
+# Executes every notebook in place; a quarter of an hour.
+notebooks: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	.venv/bin/jupyter-execute --inplace notebooks/*.ipynb
+
 # The newest versions that work, for every Python at once; needs uv.
 lock:
 	{ echo "# Pinned versions for make demo, make test and continuous integration; make lock writes them."; \
 	  echo 'jax<0.12' | uv pip compile -q --universal --python-version 3.11 --upgrade --no-annotate --no-header \
-	  pyproject.toml --extra train --extra test -c -; } > constraints.tmp && mv constraints.tmp constraints.txt
+	  pyproject.toml --extra train --extra test --extra notebooks -c -; } > constraints.tmp && mv constraints.tmp constraints.txt
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

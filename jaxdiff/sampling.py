@@ -54,6 +54,11 @@ def _save_states(
 ) -> diffrax.SubSaveAt:
     """The user's SaveAt, in the solver's clock and variables, with the process's time beside."""
     wanted = saveat.subs
+    if not isinstance(wanted, diffrax.SubSaveAt) or saveat.dense:
+        raise ValueError(
+            f"`saveat` must name times, got {saveat}. Use t0, t1, ts, steps and fn of "
+            "diffrax.SaveAt; of `dense` and `subs` nothing is kept."
+        )
 
     def save(clock, state, problem):
         t = gauge.time(problem, clock)

@@ -242,6 +242,7 @@ def test_dtype_is_kept(oracle, dtype):
         ({"cond": jnp.zeros(3, jnp.int32)}, ValueError, "leading axis"),
         ({"stepsize_controller": diffrax.PIDController(1e-3, 1e-3)}, ValueError, "stock"),
         ({"solver": solvers.UniPC(3), "times": 2}, ValueError, "order 3, got 2"),
+        ({"saveat": diffrax.SaveAt(dense=True)}, ValueError, "`saveat` must name times"),
         ({"solver": diffrax.LeapfrogMidpoint()}, TypeError, "explicit diffrax ODE solver"),
         ({"solver": diffrax.ShARK()}, TypeError, r"Wrap it: ReverseSDE\(diffrax.ShARK"),
     ],

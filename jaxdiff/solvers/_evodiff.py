@@ -88,7 +88,7 @@ class EVODiff(DiffusionSolver):
         ValueError: for a grid of fewer than two steps.
 
     Reference: Li, Chen, Zeng, "EVODiff: Entropy-aware Variance Optimized Diffusion Inference",
-    2025, arXiv 2509.26096, algorithm 1, with the constants of the authors' code.
+    2025, arXiv 2509.26096, with the constants of the authors' code.
     """
 
     rescale_last: bool = eqx.field(default=True, static=True)
