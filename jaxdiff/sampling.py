@@ -103,7 +103,7 @@ def _integrate(problem: Problem, x: Array, memory, solver, controller, adjoint, 
         nfe, memory = solution.solver_state.nfe, solution.solver_state.memory
     else:
         nfe = _stock.count_evaluations(stepper, solution.stats["num_steps"])
-    nfe = nfe * problem.denoiser.evaluations
+    nfe = (nfe * problem.denoiser.evaluations).astype(jnp.int32)
     path = None if saveat is None else Path(*solution.ys[1])
     final = (solution.ys[0][0] * end).astype(x.dtype)
     return Solution(final, nfe, solution.result, memory, path)

@@ -109,6 +109,11 @@ def test_everything_works_inside_jit(oracle, solver):
             jax.jit(lambda fn=fn, grid=grid: fn(grid))(), fn(grid), atol=1e-5
         )
         np.testing.assert_allclose(jax.jit(fn)(grid), fn(grid), atol=1e-5)
+    traced = jax.jit(
+        lambda oracle: jaxdiff.denoise(jax.random.key(0), oracle, x, solver=solver, times=times)
+    )(oracle)
+    np.testing.assert_allclose(traced.x, down(times), atol=1e-5)
+    assert traced.nfe.dtype == jnp.int32
     backwards, from_zero = times[::-1], jnp.linspace(0.0, 0.9, 5)
     with pytest.raises(ValueError, match="strictly decrease"):
         jax.jit(lambda: down(backwards))()

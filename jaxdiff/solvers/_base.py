@@ -182,6 +182,14 @@ def combine(weights: Sequence[Array], terms: Sequence[Array]) -> Array:
     return total
 
 
+def is_silent(process: Process, t: np.ndarray) -> bool:
+    """Whether sigma(t) = 0 is known, inside jit too."""
+    with jax.ensure_compile_time_eval():
+        silent = process.sigma(t) == 0
+    # The process itself may be traced.
+    return not isinstance(silent, jax.core.Tracer) and bool(silent)
+
+
 def check_noisy_start(solver: type, process: Process, times: Array) -> None:
     """Reject grids that start at sigma = 0, where eps_hat is 0 / 0.
 
@@ -190,10 +198,8 @@ def check_noisy_start(solver: type, process: Process, times: Array) -> None:
     """
     if isinstance(times, jax.core.Tracer):
         return
-    with jax.ensure_compile_time_eval():
-        start = np.asarray(times)[..., 0].min()
-        silent = bool(process.sigma(start) == 0)
-    if silent:
+    start = np.asarray(times)[..., 0].min()
+    if is_silent(process, start):
         raise ValueError(
             f"`times` must start where sigma > 0 with {solver.__name__}, got "
             f"{start:g}. Start at process.t_min = {float(process.t_min):g}, or invert "

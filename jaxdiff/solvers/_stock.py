@@ -27,7 +27,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff._tree import number
 from jaxdiff.processes import Process
-from jaxdiff.solvers._base import DiffusionSolver, Problem
+from jaxdiff.solvers._base import DiffusionSolver, Problem, is_silent
 
 
 class ReverseSDE(eqx.Module):
@@ -312,10 +312,8 @@ def check_stock(
         count_evaluations(solver, 0)
     if isinstance(times, jax.core.Tracer):
         return
-    with jax.ensure_compile_time_eval():
-        last = np.asarray(times).min()
-        silent = bool(process.sigma(last) == 0)
-    if silent:
+    last = np.asarray(times).min()
+    if is_silent(process, last):
         raise ValueError(
             f"`times` must stay where sigma > 0 with a stock diffrax solver, got {last:g}. "
             f"End the grid at process.t_min = {float(process.t_min):g}, or use a solver of this "

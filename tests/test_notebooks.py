@@ -1,0 +1,82 @@
+"""Every notebook runs, in miniature; what is committed was run, and carries nothing private."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+import pytest
+
+from jaxdiff.training import fit
+from train import evaluate
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def brief_fit(*args, num_steps, **options):
+    return fit(*args, num_steps=min(num_steps, 4), **options)
+
+
+def run(path, monkeypatch):
+    """The namespace after all code cells, as `__main__`."""
+    monkeypatch.setenv("JAXDIFF_SMALL", "1")
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(evaluate, "fit", brief_fit)  # of the classifier that measures samples
+    matplotlib.use("Agg")
+    names = ("jax_enable_x64", "jax_disable_most_optimizations")
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    namespace = {"__name__": "__main__"}
+    try:
+        for index, cell in enumerate(cells(path)):
+            code = compile("".join(cell["source"]), f"{path.name}, code cell {index}", "exec")
+            exec(code, namespace)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    return namespace
+
+
+def test_solvers(monkeypatch, capsys):
+    seen = run(ROOT / "notebooks" / "solvers.ipynb", monkeypatch)
+    assert max(seen["converged"]) < 1e-3 and seen["to_exact"] < 1e-5
+    assert len(seen["errors"]) == 4
+    for name, by_nfe in seen["errors"].items():
+        few, many = (np.array(by_nfe[n]) for n in sorted(by_nfe))
+        assert np.all(many < 0.75 * few), name  # four times the evaluations
+    for values, nfe in seen["adapted"].values():
+        assert max(values) < 0.05 and np.asarray(nfe).min() > 20
+    for name, by_nfe in seen["laws"].items():
+        few, many = (by_nfe[n][:, 1] for n in sorted(by_nfe))
+        assert many.mean() < few.mean() and np.all(many < 3 * seen["floor"]), name
+    for n in seen["GRID_STEPS"]:
+        start = np.array(seen["grid_errors"]["log-SNR", n])
+        for name in ("search_times", "optimise_times"):
+            assert np.all(np.array(seen["grid_errors"][name, n]) < 1.2 * start), name
+    assert seen["inversion"]["EDICT", 10][0] > 0.01  # right, but not
+    assert seen["inversion"]["EDICT", 10][1] < 1e-9  # exact in return
+    assert np.abs(seen["deviation"]["exact"]).max() < 0.05
+    assert 3 < seen["bits"]["dequantised"][0] < 9
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_with_outputs_and_nothing_private(path):
+    code, text = cells(path), path.read_text()
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))  # in order, once
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert outputs and all(o["output_type"] != "error" for o in outputs)
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert path.stat().st_size < 1.5e6
+    pictures = r'"image/png": "[^"]*"'
+    words = re.sub(pictures, "", text)
+    for private in (r"/(home|Users|root|tmp|work|private|mnt|opt)/", r"[A-Z]:\\\\", r"\w@\w+\.\w"):
+        assert not re.search(private, words), private
+    assert set(json.loads(text)["metadata"]) <= {"kernelspec", "language_info"}
