@@ -36,9 +36,6 @@ from jaxdiff.denoiser import LogNoiseLabel as LogNoiseLabel
 from jaxdiff.denoiser import NetworkDenoiser as NetworkDenoiser
 from jaxdiff.denoiser import Preconditioning as Preconditioning
 from jaxdiff.denoiser import TimeLabel as TimeLabel
-from jaxdiff.likelihood import ExactTrace as ExactTrace
-from jaxdiff.likelihood import Hutchinson as Hutchinson
-from jaxdiff.likelihood import HutchPlusPlus as HutchPlusPlus
 from jaxdiff.likelihood import LogLikelihood as LogLikelihood
 from jaxdiff.likelihood import bits_per_dim as bits_per_dim
 from jaxdiff.likelihood import dequantize as dequantize
@@ -48,5 +45,8 @@ from jaxdiff.sampling import Solution as Solution
 from jaxdiff.sampling import denoise as denoise
 from jaxdiff.sampling import invert as invert
 from jaxdiff.sampling import sample as sample
+from jaxdiff.traces import ExactTrace as ExactTrace
+from jaxdiff.traces import Hutchinson as Hutchinson
+from jaxdiff.traces import HutchPlusPlus as HutchPlusPlus
 
 __version__ = "0.1.0"

@@ -4,10 +4,12 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
+from jaxdiff.networks import EditedNetwork
 from jaxdiff.predictions import Eps, Prediction
 from jaxdiff.processes import Process
 
@@ -113,7 +115,28 @@ class LogNoiseLabel(Preconditioning):
         return self.factor * -0.5 * process.log_snr(t)
 
 
-class NetworkDenoiser(Denoiser):
+class TappedDenoiser(Denoiser):
+    """Base of the denoisers that are one network: what it is given, and what its output means.
+
+    Attributes:
+        network: callable pytree `(x, label, cond, *, key) -> output`, one example.
+        process: the forward process.
+        prediction: what the output means.
+        preconditioning: input scale and noise label.
+    """
+
+    network: Callable[..., Array]
+    process: Process
+    prediction: Prediction = Eps()
+    preconditioning: Preconditioning = TimeLabel()
+
+    def inputs(self, x: Array, t: Array) -> tuple[Array, Array]:
+        """What the network sees of x at time t: the scaled example `(*event)` and its label."""
+        scale = self.preconditioning.scale(self.process, t)
+        return (scale * x).astype(x.dtype), self.preconditioning.label(self.process, t)
+
+
+class NetworkDenoiser(TappedDenoiser):
     """A network, the process it was trained for, and what its output means.
 
     x0_hat = prediction.to_x0(x, network(scale(t) x, label(t), cond)).
@@ -125,16 +148,11 @@ class NetworkDenoiser(Denoiser):
         preconditioning: input scale and noise label; `TimeLabel()` gives `1000 t`.
     """
 
-    network: Callable[..., Array]
-    process: Process
-    prediction: Prediction = Eps()
-    preconditioning: Preconditioning = TimeLabel()
-
     def __call__(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Array:
         """See `Denoiser`."""
-        output = _run_network(self, x, t, cond, key)
+        output = self.network(*self.inputs(x, t), cond, key=key)
         if output.shape != x.shape:
             raise ValueError(
                 f"The network must return an array of its input's shape {x.shape}, "
@@ -144,7 +162,7 @@ class NetworkDenoiser(Denoiser):
         return self.prediction.to_x0(self.process, x, t, output).astype(x.dtype)
 
 
-class LearnedVarianceDenoiser(Denoiser):
+class LearnedVarianceDenoiser(TappedDenoiser):
     """A network with twice the channels: what it predicts, and the variance of a reverse step.
 
     The second half of the last axis, mapped from [-1, 1] to v in [0, 1], interpolates the
@@ -162,16 +180,11 @@ class LearnedVarianceDenoiser(Denoiser):
     arXiv 2102.09672, section 3.1.
     """
 
-    network: Callable[..., Array]
-    process: Process
-    prediction: Prediction = Eps()
-    preconditioning: Preconditioning = TimeLabel()
-
     def with_variance(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> tuple[Array, Array]:
         """x0_hat and v in [0, 1] (not clipped), both `(*event)`."""
-        output = _run_network(self, x, t, cond, key)
+        output = self.network(*self.inputs(x, t), cond, key=key)
         if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
             raise ValueError(
                 f"The network must return twice the channels of its input {x.shape}, got "
@@ -186,12 +199,6 @@ class LearnedVarianceDenoiser(Denoiser):
     ) -> Array:
         """See `Denoiser`."""
         return self.with_variance(x, t, cond, key=key)[0]
-
-
-def _run_network(denoiser, x: Array, t: Array, cond: PyTree, key: PRNGKeyArray | None) -> Array:
-    scale = denoiser.preconditioning.scale(denoiser.process, t)
-    label = denoiser.preconditioning.label(denoiser.process, t)
-    return denoiser.network((scale * x).astype(x.dtype), label, cond, key=key)
 
 
 class DenoiserMap(Denoiser):
@@ -255,3 +262,41 @@ class DynamicThresholding(DenoiserMap):
         limit = jnp.maximum(jnp.quantile(jnp.abs(x0_hat), self.quantile), 1.0)
         limit = limit.astype(x0_hat.dtype)
         return jnp.clip(x0_hat, -limit, limit) / limit
+
+
+def find_network(denoiser: Denoiser) -> TappedDenoiser:
+    """The network's own denoiser inside guidance and other maps of it.
+
+    Raises:
+        TypeError: if there is no network inside.
+    """
+    inner = denoiser
+    while isinstance(inner, DenoiserMap):
+        inner = inner.base
+    if not isinstance(inner, TappedDenoiser):
+        raise TypeError(
+            f"`denoiser` must hold a network with taps, got {type(inner).__name__}. Its output, or "
+            "any other function of x, can be analysed as it is."
+        )
+    return inner
+
+
+def edit_taps(denoiser: Denoiser, edits: dict[str, Callable[[Array], Array]]) -> Denoiser:
+    """The same denoiser with its network's inner activations edited or replaced.
+
+    Args:
+        denoiser: a network's denoiser, or guidance and other maps of one.
+        edits: as in `networks.EditedNetwork`.
+
+    Raises:
+        TypeError: if there is no network inside.
+        ValueError: when called, for taps that the network does not have.
+    """
+    find_network(denoiser)
+
+    def edit(node):
+        if not isinstance(node, TappedDenoiser):
+            return node
+        return eqx.tree_at(lambda d: d.network, node, EditedNetwork(node.network, edits))
+
+    return jax.tree.map(edit, denoiser, is_leaf=lambda node: isinstance(node, TappedDenoiser))

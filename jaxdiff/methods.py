@@ -23,6 +23,7 @@ FAMILIES = {
     "networks": "network",
     "solvers": "solver",
     "likelihood": "likelihood",
+    "traces": "trace",
     "guidance": "guidance",
     "losses": "loss",
     "training": "training",
@@ -37,7 +38,8 @@ PARTS = {
     "solvers": (
         *("ChainStates", "DiffusionSolver", "Problem", "RestartInterval", "Schedule", "Step"),
     ),
-    "likelihood": ("ExactTrace", "LogLikelihood", "TraceEstimator"),
+    "likelihood": ("LogLikelihood",),
+    "traces": ("ExactTrace", "TraceEstimator"),
     "losses": ("TimeLaw", "UniformTime", "Weighting"),
     "training": (
         *("CheckpointError", "CheckpointStore", "EMA", "Hook", "Interrupted"),

@@ -4,6 +4,7 @@ import dataclasses
 from contextlib import nullcontext
 from unittest import mock
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +73,24 @@ def quantile_error(solver, oracle, steps):
     out = jaxdiff.denoise(jax.random.key(0), oracle, x, solver=solver, times=times)
     ends = quantile(oracle, out.x[:, 0], times[-1]), quantile(oracle, x[:, 0], times[0])
     return np.abs(ends[0] - ends[1]).max()
+
+
+class Counting(Denoiser):
+    """Counts its evaluations on the host."""
+
+    denoiser: Denoiser
+    calls: list = eqx.field(static=True, default_factory=list)
+
+    @property
+    def process(self):
+        return self.denoiser.process
+
+    def __hash__(self):
+        return id(self)
+
+    def __call__(self, x, t, cond=None, *, key=None):
+        jax.debug.callback(lambda _: self.calls.append(1), t, ordered=False)
+        return self.denoiser(x, t, cond, key=key)
 
 
 class Coordinates(Denoiser):

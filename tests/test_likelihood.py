@@ -9,14 +9,8 @@ from jax.scipy.stats import norm
 
 from jaxdiff import oracles, processes, solvers
 from jaxdiff.denoiser import Denoiser, DenoiserMap
-from jaxdiff.likelihood import (
-    ExactTrace,
-    Hutchinson,
-    HutchPlusPlus,
-    bits_per_dim,
-    dequantize,
-    log_likelihood,
-)
+from jaxdiff.likelihood import bits_per_dim, dequantize, log_likelihood
+from jaxdiff.traces import ExactTrace, Hutchinson, HutchPlusPlus
 
 TIGHT = diffrax.PIDController(rtol=1e-7, atol=1e-7)
 # alpha at t_max is so small that the prior is the exact marginal.

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jaxdiff._tree import root
 from jaxdiff.predictions import X0, Eps, Prediction
 from jaxdiff.processes import Process
+from jaxdiff.solvers._base import Problem
 
 
 class Linear(eqx.Module):
@@ -40,6 +41,12 @@ def check_prediction(prediction: Prediction) -> None:
             f"`prediction` must be X0() or Eps(), got {prediction}. It is what the solver "
             "extrapolates; the network may predict anything."
         )
+
+
+def output(problem: Problem, prediction: Prediction, x: Array, t: Array) -> Array:
+    """What is extrapolated: x0_hat, or the noise it implies; one evaluation."""
+    x0 = problem.x0(x, t)
+    return x0 if isinstance(prediction, X0) else problem.eps(x, t, x0)
 
 
 def half_log_snr(process: Process, t: Array) -> Array:

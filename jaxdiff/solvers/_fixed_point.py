@@ -1,5 +1,6 @@
 """Fixed-point inversion of DDIM."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import equinox as eqx
@@ -39,20 +40,42 @@ def implicit_map(problem: Problem, x: Array, step: Step) -> Callable[[Array], Ar
     return apply
 
 
-def check_iterations(num_iterations: int) -> None:
-    """Reject counts that evaluate nothing.
+class ImplicitInversion(DiffusionSolver):
+    """Base of the methods that invert the steps of DDIM themselves, by iterating.
 
-    Raises:
-        ValueError: unless `num_iterations` is an integer of at least 1.
+    A step of sampling is DDIM's. A method defines `num_iterations`, evaluations for each step of
+    inverting, and `solve`.
     """
-    if not (isinstance(num_iterations, int) and num_iterations >= 1):
-        raise ValueError(
-            f"`num_iterations` must be an integer of at least 1, got {num_iterations!r}. "
-            "Use DDIM() to invert without iterations."
-        )
+
+    num_iterations: eqx.AbstractVar[int]
+
+    def __check_init__(self):
+        if not (isinstance(self.num_iterations, int) and self.num_iterations >= 1):
+            raise ValueError(
+                "`num_iterations` must be an integer of at least 1, got "
+                f"{self.num_iterations!r}. Use DDIM() to invert without iterations."
+            )
+
+    @abstractmethod
+    def solve(self, problem: Problem, x: Array, step: Step) -> Array:
+        """The state at `step.s` that a step of DDIM takes to x."""
+
+    @property
+    def stochastic(self) -> bool:
+        """No noise is drawn."""
+        return False
+
+    def check_start(self, process: Process, times: Array, memory: PyTree) -> None:
+        """Anywhere: evaluations are at the noisier end of a step."""
+
+    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
+        """See `DiffusionSolver`."""
+        if problem.direction == -1:
+            return DDIM().update(problem, x, step)
+        return self.solve(problem, x, step), step.memory, self.num_iterations
 
 
-class FixedPointInversion(DiffusionSolver):
+class FixedPointInversion(ImplicitInversion):
     """Inverts the steps of DDIM themselves, by fixed-point iteration.
 
     The step of DDIM from the noisier s to t ends at x iff it starts at the fixed point of
@@ -81,21 +104,7 @@ class FixedPointInversion(DiffusionSolver):
 
     num_iterations: int = eqx.field(default=5, static=True)
 
-    def __check_init__(self):
-        check_iterations(self.num_iterations)
-
-    @property
-    def stochastic(self) -> bool:
-        """No noise is drawn."""
-        return False
-
-    def check_start(self, process: Process, times: Array, memory: PyTree) -> None:
-        """Anywhere: evaluations are at the noisier end of a step."""
-
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
-        """See `DiffusionSolver`."""
-        if problem.direction == -1:
-            return DDIM().update(problem, x, step)
+    def solve(self, problem: Problem, x: Array, step: Step) -> Array:
+        """See `ImplicitInversion`."""
         improve = implicit_map(problem, x, step)
-        z = jax.lax.fori_loop(0, self.num_iterations, lambda _, z: improve(z), x)
-        return z, step.memory, self.num_iterations
+        return jax.lax.fori_loop(0, self.num_iterations, lambda _, z: improve(z), x)

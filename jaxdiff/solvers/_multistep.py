@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from jaxdiff.predictions import X0, Prediction
 from jaxdiff.solvers._base import DiffusionSolver, Problem, Step, combine
-from jaxdiff.solvers._exponential import Linear, half_log_snr, linear_parts, newton_weights
+from jaxdiff.solvers._exponential import Linear, half_log_snr, linear_parts, newton_weights, output
 
 # The moments of n nodes, from n and the stiffness H; see `jaxdiff.solvers._exponential`.
 Rule = Callable[[int, Array], list[Array]]
@@ -83,11 +83,6 @@ class Multistep(DiffusionSolver):
     def plan(self, problem: Problem) -> tuple[Predictor, Corrector | None]:
         """See `DiffusionSolver`."""
 
-    def output(self, problem: Problem, x: Array, t: Array) -> Array:
-        """What is extrapolated: x0_hat, or the noise it implies."""
-        x0 = problem.x0(x, t)
-        return x0 if isinstance(self.prediction, X0) else problem.eps(x, t, x0)
-
     def init_memory(self, problem: Problem, x: Array) -> Memory:
         """No outputs yet, and nothing to correct."""
         corrector = problem.plan[1]
@@ -97,10 +92,10 @@ class Multistep(DiffusionSolver):
     def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
         """See `DiffusionSolver`."""
         (predictor, corrector), memory = step.plan, step.memory
-        output = self.output(problem, x, step.t)
+        newest = output(problem, self.prediction, x, step.t)
         if corrector is not None:
-            x = (memory.base + memory.new * output).astype(x.dtype)
-        outputs = (output, *memory.outputs)
+            x = (memory.base + memory.new * newest).astype(x.dtype)
+        outputs = (newest, *memory.outputs)
         carried = predictor.carry * x
         if self.stochastic:
             carried = carried + predictor.noise * jax.random.normal(step.key, x.shape, x.dtype)
@@ -116,8 +111,8 @@ class Multistep(DiffusionSolver):
         last = step.s == problem.times[-1]
 
         def correct():
-            output = self.output(problem, predicted, step.s)
-            return (base + corrector.new * output).astype(x.dtype)
+            final = output(problem, self.prediction, predicted, step.s)
+            return (base + corrector.new * final).astype(x.dtype)
 
         return jax.lax.cond(last, correct, lambda: predicted), memory, jnp.where(last, 2, 1)
 

@@ -3,16 +3,14 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from jaxdiff._tree import number
-from jaxdiff.processes import Process
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
-from jaxdiff.solvers._ddim import DDIM
-from jaxdiff.solvers._fixed_point import check_iterations, implicit_map
+from jaxdiff.solvers._base import Problem, Step
+from jaxdiff.solvers._fixed_point import ImplicitInversion, implicit_map
 
 
-class RNRI(DiffusionSolver):
+class RNRI(ImplicitInversion):
     """Regularised Newton-Raphson inversion: solves for the steps of DDIM by a scalar Newton method.
 
     With G the map of `FixedPointInversion` and d the size of an example, a step of inverting
@@ -47,24 +45,13 @@ class RNRI(DiffusionSolver):
     weight: float = number(0.1)
 
     def __check_init__(self):
-        check_iterations(self.num_iterations)
         if isinstance(self.weight, float) and self.weight < 0:
             raise ValueError(
                 f"`weight` must be at least 0, got {self.weight}. Take 0.0 for no prior."
             )
 
-    @property
-    def stochastic(self) -> bool:
-        """No noise is drawn."""
-        return False
-
-    def check_start(self, process: Process, times: Array, memory: PyTree) -> None:
-        """Anywhere: evaluations are at the noisier end of a step."""
-
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
-        """See `DiffusionSolver`."""
-        if problem.direction == -1:
-            return DDIM().update(problem, x, step)
+    def solve(self, problem: Problem, x: Array, step: Step) -> Array:
+        """See `ImplicitInversion`."""
         process, improve = problem.process, implicit_map(problem, x, step)
         ratio = process.alpha(step.s) / process.alpha(step.t)
         variance = process.sigma(step.s) ** 2 - (ratio * process.sigma(step.t)) ** 2
@@ -85,8 +72,7 @@ class RNRI(DiffusionSolver):
 
         start = (x, jnp.asarray(jnp.inf, x.dtype), jnp.full_like(x, jnp.nan))
         z, *kept = jax.lax.fori_loop(0, self.num_iterations - 1, newton, start)
-        _, best = _better(kept, objective(z)[1])
-        return best, step.memory, self.num_iterations
+        return _better(kept, objective(z)[1])[1]
 
 
 def _better(kept, found):

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from jaxdiff.predictions import X0, Prediction
 from jaxdiff.solvers._base import DiffusionSolver, Problem, Step, combine
-from jaxdiff.solvers._exponential import half_log_snr, linear_parts, moments
+from jaxdiff.solvers._exponential import half_log_snr, linear_parts, moments, output
 
 
 class Stage(eqx.Module):
@@ -83,11 +83,6 @@ class Singlestep(DiffusionSolver):
             stages.append(Stage(inside, carry, outputs, noises))
         return tuple(stages), ends
 
-    def output(self, problem: Problem, x: Array, t: Array) -> Array:
-        """x0_hat, or the noise it implies."""
-        x0 = problem.x0(x, t)
-        return x0 if isinstance(self.prediction, X0) else problem.eps(x, t, x0)
-
     def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
         """See `DiffusionSolver`."""
         stages, ends = step.plan
@@ -103,7 +98,7 @@ class Singlestep(DiffusionSolver):
             outputs, y = [first], x
             for index, stage in enumerate(stages):
                 if index > 0:
-                    outputs.append(self.output(problem, y, stages[index - 1].t))
+                    outputs.append(output(problem, self.prediction, y, stages[index - 1].t))
                 y = stage.carry * x + combine(stage.outputs, outputs)
                 if self.stochastic:
                     y = y + combine(stage.noises, noises)

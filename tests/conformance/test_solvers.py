@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mixture
+from cases import Counting, mixture
 
 import jaxdiff
 from jaxdiff import parallel, processes, solvers
-from jaxdiff.denoiser import Denoiser
 from jaxdiff.predictions import X0, Eps
 
 RESTART = solvers.Restart(intervals=(solvers.RestartInterval(0.5, 3.0),))
@@ -61,24 +60,6 @@ def run(denoiser, solver, count=16, times=6, **options):
     return jaxdiff.sample(
         jax.random.key(0), denoiser, (2,), count, solver=solver, times=times, **options
     )
-
-
-class Counting(Denoiser):
-    """Counts its evaluations on the host."""
-
-    denoiser: Denoiser
-    calls: list = eqx.field(static=True, default_factory=list)
-
-    @property
-    def process(self):
-        return self.denoiser.process
-
-    def __hash__(self):
-        return id(self)
-
-    def __call__(self, x, t, cond=None, *, key=None):
-        jax.debug.callback(lambda _: self.calls.append(1), t, ordered=False)
-        return self.denoiser(x, t, cond, key=key)
 
 
 def test_no_solver_is_missing():

@@ -10,6 +10,7 @@ from cases import PROCESSES, gaussian, mixture, times_at, walk
 
 from jaxdiff import oracles, processes, solvers
 from jaxdiff.predictions import X0, Eps
+from jaxdiff.solvers._exponential import output
 from jaxdiff.solvers._multistep import Memory, Multistep
 
 FLAT = {"lower_order_final": False}
@@ -66,7 +67,7 @@ def error(solver, oracle, steps, *, exact_start, grid=None):
     if exact_start and isinstance(solver, Multistep):
         start = solver.history - 1
         problem = solvers.Problem(oracle, None, jax.random.key(0), times, -1)
-        outputs = [solver.output(problem, exact[i], times[i]) for i in range(start)]
+        outputs = [output(problem, solver.prediction, exact[i], times[i]) for i in range(start)]
         memory = Memory(tuple(outputs[::-1]), exact[start], jnp.zeros(()))
         if solver.plan(problem)[1] is None:
             memory = Memory(tuple(outputs[::-1]), None, None)

@@ -6,7 +6,6 @@ Run by hand (README.md says how); the tests only read the result.
 import io
 import itertools
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import diffusers
 import numpy as np
 import torch
 
-warnings.filterwarnings("ignore")
 diffusers.utils.logging.set_verbosity_error()
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
