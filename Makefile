@@ -23,6 +23,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.geometry
 
 # The orders of the solvers, for METHODS.md; minutes.
 orders: $(READY)

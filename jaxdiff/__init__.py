@@ -18,6 +18,7 @@ Conventions:
   swept is a leaf; a choice of structure is static.
 """
 
+from jaxdiff import geometry as geometry
 from jaxdiff import guidance as guidance
 from jaxdiff import losses as losses
 from jaxdiff import metrics as metrics

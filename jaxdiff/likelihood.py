@@ -25,7 +25,7 @@ from jaxdiff.denoiser import Denoiser
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import GridSteps, Problem
 from jaxdiff.solvers._times import resolve_times
-from jaxdiff.traces import ExactTrace, TraceEstimator
+from jaxdiff.traces import ExactTrace, TraceEstimator, check_probe_key, standard_error
 
 
 class LogLikelihood(eqx.Module):
@@ -56,17 +56,6 @@ def _augmented_field(q: Array, state: tuple[Array, Array], args: tuple) -> tuple
 def _larger_rms(y: PyTree) -> Array:
     """The larger error of state and log density: a joint mean would drown the density in d."""
     return jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(y)]).max()
-
-
-def _spread(estimates: Array, stochastic: bool) -> Array:
-    """Standard error of the mean, from `(num_estimates,)`."""
-    if not stochastic:
-        return jnp.zeros((), estimates.dtype)
-    count = estimates.shape[0]
-    if count == 1:
-        return jnp.full((), jnp.nan, estimates.dtype)
-    # The square root has no derivative where all probes agree.
-    return jax.lax.stop_gradient(estimates.std(ddof=1)) / math.sqrt(count)
 
 
 @jit
@@ -100,7 +89,7 @@ def _log_likelihood(key, x, cond, denoiser, times, trace, solver, controller, ad
         nfe = _stock.count_evaluations(solver, solution.stats["num_steps"])
         return LogLikelihood(
             jnp.where(failed, jnp.nan, log_prob),
-            _spread(integrals, trace.stochastic),
+            standard_error(integrals, trace.stochastic),
             latent.astype(x.dtype),
             nfe * denoiser.evaluations,
             solution.result,
@@ -164,8 +153,7 @@ def log_likelihood(
     equations 39 and 40. They integrate x in t; the density is the same, the path is smoother.
     """
     _check_solver(solver)
-    if trace.stochastic:
-        _check_probe_key(key, trace)
+    check_probe_key(key, trace)
     x = jnp.asarray(x)
     check_finite(x)
     check_cond(cond, x.shape[0])
@@ -200,15 +188,6 @@ def _check_solver(solver) -> None:
             "`solver` must be a stock explicit diffrax ODE solver, which can integrate the state "
             f"and its density together, got {type(solver).__name__}. Use e.g. diffrax.Tsit5()."
         )
-
-
-def _check_probe_key(key, trace) -> None:
-    if key is None:
-        raise ValueError(
-            f"`key` must be given to {type(trace).__name__}, which draws probes, got None. Pass "
-            "jax.random.key(seed), or trace=ExactTrace()."
-        )
-    check_key(key)
 
 
 def bits_per_dim(

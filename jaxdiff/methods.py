@@ -25,6 +25,7 @@ FAMILIES = {
     "likelihood": "likelihood",
     "traces": "trace",
     "guidance": "guidance",
+    "geometry": "geometry",
     "losses": "loss",
     "training": "training",
     "metrics": "metric",
@@ -40,6 +41,12 @@ PARTS = {
     ),
     "likelihood": ("LogLikelihood",),
     "traces": ("ExactTrace", "TraceEstimator"),
+    "geometry": (
+        *("ChannelSVD", "EditedBetween", "Estimate", "Geodesic", "Hyperplane", "InteractionBasis"),
+        *("Jacobian", "JacobianDimension", "KarcherMean", "MixingTime", "NormalBundle"),
+        *("NumericalRank", "Offset", "PrincipalDirections", "ScaledDenoiser", "SpectralMethod"),
+        *("Spectrum", "SubspaceClusters", "TapFeature", "TapResponse", "TimedOffset"),
+    ),
     "losses": ("TimeLaw", "UniformTime", "Weighting"),
     "training": (
         *("CheckpointError", "CheckpointStore", "EMA", "Hook", "Interrupted"),
@@ -68,17 +75,18 @@ def _public(module: ModuleType) -> dict[str, object]:
 
 def reference(value: object) -> str | None:
     """The first source that a docstring or its module cites, up to the arXiv number or year."""
-    for text in (value.__doc__, sys.modules[value.__module__].__doc__):
+    module = value if inspect.ismodule(value) else sys.modules[value.__module__]
+    for text in (value.__doc__, module.__doc__):
         match = re.search(r"Reference:\s*(.+?)(?:\n\s*\n|\Z)", text or "", re.DOTALL)
         if match:
             text = " ".join(match.group(1).split())
-            short = re.match(r".*?arXiv \d{4}\.\d{5}|.*?(19|20)\d\d\b", text)
+            short = re.match(r".*?arXiv (?:\d{4}\.\d{4,5}|[a-z-]+/\d{7})|.*?(19|20)\d\d\b", text)
             return short.group() if short else text
     return None
 
 
 def _source(value: object) -> Path:
-    return Path(inspect.getsourcefile(value)).relative_to(ROOT)
+    return Path(inspect.getsourcefile(inspect.unwrap(value))).relative_to(ROOT)
 
 
 def _test(name: str, tests: dict[Path, str]) -> Path | None:
@@ -89,13 +97,23 @@ def _test(name: str, tests: dict[Path, str]) -> Path | None:
     return best if counts[best] else None
 
 
+def _in_full(paper: str, known: list[str]) -> str:
+    """The citation with a title, of the same arXiv number: later ones in a file leave it out."""
+    if '"' in paper:
+        return paper
+    number = paper.split("arXiv ")[-1]
+    return min((k for k in known if '"' in k and k.endswith(number)), key=len, default=paper)
+
+
 def rows() -> tuple[list[str], list[str]]:
     """The table's rows, and what is missing."""
     tests = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
     lines, missing = [], []
     for family, kind in FAMILIES.items():
-        module = importlib.import_module(f"jaxdiff.{family}")
-        for name, value in _public(module).items():
+        public = _public(importlib.import_module(f"jaxdiff.{family}"))
+        modules = {sys.modules[value.__module__] for value in public.values()}
+        known = [paper for v in (*public.values(), *modules) if (paper := reference(v))]
+        for name, value in public.items():
             paper, test = reference(value), _test(name, tests)
             if name in PARTS.get(family, ()) or (paper is None and inspect.isfunction(value)):
                 continue
@@ -103,6 +121,7 @@ def rows() -> tuple[list[str], list[str]]:
                 missing.append(f"{family}.{name} names no reference in its docstring")
             if test is None:
                 missing.append(f"{family}.{name} is named by no test")
+            paper = _in_full(paper, known)
             lines.append(f"| `{name}` | {kind} | {paper} | `{_source(value)}` | `{test}` |")
     return lines, missing
 

@@ -132,7 +132,10 @@ def _own_times(times: Array) -> Array | None:
 @jit
 def _solve(key, indices, x, memory, cond, denoiser, times, options, batch, direction):
     def one(index, x, memory, cond, own_times):
-        path_key = None if key is None else jax.random.fold_in(key, index)
+        path_key = None
+        if key is not None:
+            # The other half is the prior's: `denoise` goes on as `sample` does from there.
+            path_key = jax.random.split(jax.random.fold_in(key, index))[1]
         grid = times if own_times is None else own_times
         problem = Problem(denoiser, cond, path_key, grid, direction)
         return _integrate(problem, x, memory, *options)
@@ -286,6 +289,8 @@ def denoise(
     saveat: diffrax.SaveAt | None = None,
 ) -> Solution:
     """Integrate given noisy states down a grid: `sample` without its draw of the start.
+
+    From the start that `sample` draws with the same key it makes the same samples.
 
     Args:
         key: typed PRNG key; example i draws from `fold_in(key, i)`.

@@ -1,5 +1,6 @@
 """The divergence of a vector field, exactly or by random probes."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -7,6 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._tree import check_key
 
 
 class TraceEstimator(eqx.Module):
@@ -190,3 +193,42 @@ def _linearize(f: Callable[[Array], Array], w: Array) -> tuple[Array, Callable[[
     """f(w), and the product of its Jacobian with a flat vector `(d,)`."""
     value, product = jax.linearize(f, w)
     return value, lambda v: product(v.reshape(w.shape)).reshape(-1)
+
+
+def check_probe_key(key: PRNGKeyArray | None, trace: TraceEstimator) -> None:
+    """Reject a missing key where probes are drawn.
+
+    Raises:
+        TypeError: if `key` is not a typed key.
+        ValueError: for an estimator that draws probes, without a key.
+    """
+    if not trace.stochastic:
+        return
+    if key is None:
+        raise ValueError(
+            f"`key` must be given to {type(trace).__name__}, which draws probes, got None. Pass "
+            "jax.random.key(seed), or trace=ExactTrace()."
+        )
+    check_key(key)
+
+
+def draw_probes(key: PRNGKeyArray | None, trace: TraceEstimator, w: Array) -> PyTree:
+    """The probes of an estimator for one example; None for the exact trace.
+
+    Raises:
+        TypeError: as `check_probe_key`.
+        ValueError: as `check_probe_key`.
+    """
+    check_probe_key(key, trace)
+    return trace.probes(key if trace.stochastic else None, w)
+
+
+def standard_error(estimates: Array, stochastic: bool) -> Array:
+    """Standard error of the mean of `(num_estimates,)`: 0 if exact, NaN for a single probe."""
+    if not stochastic:
+        return jnp.zeros((), estimates.dtype)
+    count = estimates.shape[0]
+    if count == 1:
+        return jnp.full((), jnp.nan, estimates.dtype)
+    # The square root has no derivative where all probes agree.
+    return jax.lax.stop_gradient(estimates.std(ddof=1)) / math.sqrt(count)

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.scipy.stats import norm
 
 import jaxdiff
@@ -73,6 +74,13 @@ def quantile_error(solver, oracle, steps):
     out = jaxdiff.denoise(jax.random.key(0), oracle, x, solver=solver, times=times)
     ends = quantile(oracle, out.x[:, 0], times[-1]), quantile(oracle, x[:, 0], times[0])
     return np.abs(ends[0] - ends[1]).max()
+
+
+def with_random_weights(build, seed=0):
+    """The network with all weights drawn, also those that start at zero."""
+    rng = np.random.default_rng(seed)
+    shapes = nnx.eval_shape(build)
+    return jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), shapes)
 
 
 class Counting(Denoiser):

@@ -25,6 +25,8 @@ class DataConfig:
         path: where the files are (cifar10, folder: a directory; npz, idx: a file).
         labels_path: labels file of an idx data set.
         flip: mirror images at random.
+        size: average images over blocks to this height and width; None leaves them.
+        gray: average the channels of images into one.
     """
 
     name: Literal[
@@ -42,6 +44,8 @@ class DataConfig:
     path: str = ""
     labels_path: str = ""
     flip: bool = False
+    size: int | None = None
+    gray: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +280,13 @@ def contradictions(stored: dict[str, Any], config: Config) -> list[str]:
 
 def build_source(config: DataConfig, split: Literal["train", "test"] = "train") -> ArraySource:
     """The data of a split; data sets without a test split hold out their last tenth."""
+    source = _read_source(config, split)
+    if config.size is None and not config.gray:
+        return source
+    return data.reduced(source, size=config.size, gray=config.gray)
+
+
+def _read_source(config: DataConfig, split: Literal["train", "test"]) -> ArraySource:
     if config.name == "digits":
         return data.digits(split)
     if config.name in ("cifar10", "folder", "npz", "idx") and not config.path:

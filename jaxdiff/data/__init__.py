@@ -10,6 +10,7 @@ from jaxdiff.data._folder import image_folder as image_folder
 from jaxdiff.data._idx import idx as idx
 from jaxdiff.data._npz import npz as npz
 from jaxdiff.data._pipeline import make_loader as make_loader
+from jaxdiff.data._reduced import reduced as reduced
 from jaxdiff.data._sources import ArraySource as ArraySource
 from jaxdiff.data._sources import Source as Source
 from jaxdiff.data._sources import array_source as array_source

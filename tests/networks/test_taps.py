@@ -3,17 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import with_random_weights
 from flax import nnx
 from scipy.special import softmax
 
 from jaxdiff.networks import MLP, DiT, EditedNetwork, UNet, read_taps, tap_names
-
-
-def with_random_weights(build, seed=0):
-    """The network with all weights drawn, also those that start at zero."""
-    rng = np.random.default_rng(seed)
-    shapes = nnx.eval_shape(build)
-    return jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), shapes)
 
 
 def unet(remat, **options):

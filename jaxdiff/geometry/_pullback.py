@@ -1,0 +1,247 @@
+"""The pullback metric: local bases, edits along them, transport and shooting.
+
+An inner activation h = f_t(x) gives its input the metric of its own space: the length of v at x is
+||J v||, with J = dh/dx. The right singular vectors of J are the directions that move h the most
+(the local latent basis), the left ones span the tangent space of what h can do (the tangent basis).
+
+Reference: Park, Kwon, Choi, Jo, Uh, "Understanding the Latent Space of Diffusion Models through
+the Lens of Riemannian Geometry", 2023, arXiv 2307.12868.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._tree import jit
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.geometry._features import TapFeature
+from jaxdiff.geometry._ritz import SpectralMethod, SubspaceIteration
+from jaxdiff.geometry._spectrum import Spectrum, jacobian_svd
+from jaxdiff.predictions import Eps
+
+
+def local_basis(
+    key: PRNGKeyArray,
+    denoiser: Denoiser,
+    x: Array,
+    t: Array,
+    rank: int,
+    *,
+    cond: PyTree = None,
+    tap: str = "mid",
+    **options,
+) -> Spectrum:
+    """Local latent basis (`right`) and tangent basis (`left`) of the pullback metric at x.
+
+    `jacobian_svd` of `TapFeature(denoiser, t, cond, tap)`, whose further options it takes.
+
+    Args:
+        key: typed PRNG key.
+        denoiser: a network's denoiser, or guidance and other maps of one.
+        x: the noisy example, `(*event)`.
+        t: scalar time.
+        rank: how many directions.
+        cond: condition, or None.
+        tap: the activation; "mid" is the h-space of a UNet.
+        options: of `jacobian_svd`.
+
+    Returns:
+        A `Spectrum`.
+
+    Raises:
+        TypeError: if the denoiser has no network.
+        ValueError: if the network has no such tap (lists those it has), or as `jacobian_svd`.
+
+    Reference: Park et al., 2023, arXiv 2307.12868, section 3.1.
+    """
+    feature = TapFeature(denoiser, jnp.asarray(t, x.dtype), cond, tap)
+    return jacobian_svd(key, feature, x, rank, **options)
+
+
+@jit
+def _x_space_guidance(denoiser, x, t, cond, direction, scale, step, num_steps):
+    def eps(x):
+        return denoiser.predict(Eps(), x, t, cond)
+
+    def move(x, _):
+        ahead, here = jax.vmap(eps)(jnp.stack([x + step * direction, x]))
+        x = x + scale * (ahead - here)
+        return x, x
+
+    return jnp.concatenate([x[None], jax.lax.scan(move, x, None, length=num_steps)[1]])
+
+
+def x_space_guidance(
+    denoiser: Denoiser,
+    x: Array,
+    t: Array,
+    direction: Array,
+    *,
+    cond: PyTree = None,
+    scale: float = 0.1,
+    step: float = 1.0,
+    num_steps: int = 16,
+) -> Array:
+    """Edit a noisy example at one time, by what a move along a direction does to the noise in it.
+
+    x <- x + scale [eps_hat(x + step v) - eps_hat(x)], over and over. Unlike x + delta v
+    (`straight_edit`) the change has passed through the network, which keeps x typical.
+
+    Args:
+        denoiser: the denoiser.
+        x: the noisy example, `(*event)`.
+        t: scalar time with sigma > 0.
+        direction: v, a unit vector `(*event)` such as a right vector of `local_basis`, or minus it.
+        cond: condition of both evaluations.
+        scale: size of a move; 0.1 for models of pixels, 1 for latent ones.
+        step: how far ahead the network looks.
+        num_steps: how many moves.
+
+    Returns:
+        All states from x on, `(num_steps + 1, *event)`; `denoise` them from t.
+
+    Raises:
+        ValueError: if the direction's shape is not that of x.
+
+    Reference: Park et al., 2023, arXiv 2307.12868, section 3.3, equation 5. v stays that of the
+    starting point, as in the published code.
+    """
+    _check_direction(direction, x)
+    return _x_space_guidance(denoiser, x, t, cond, direction, scale, step, num_steps)
+
+
+def straight_edit(x: Array, direction: Array, distances: Array) -> Array:
+    """x + delta v for every delta: the naive edit, which leaves the typical set.
+
+    Args:
+        x: the noisy example, `(*event)`.
+        direction: v, `(*event)`.
+        distances: delta, `(n,)`.
+
+    Returns:
+        `(n, *event)`.
+
+    Raises:
+        ValueError: if the direction's shape is not that of x.
+    """
+    _check_direction(direction, x)
+    return x + jnp.tensordot(jnp.asarray(distances, x.dtype), direction, axes=0)
+
+
+def _check_direction(direction: Array, x: Array) -> None:
+    if direction.shape != x.shape:
+        raise ValueError(
+            f"`direction` must have the shape of `x`, {x.shape}, got {direction.shape}. Take one "
+            "vector of a basis, e.g. spectrum.right[0]."
+        )
+
+
+def _inner(basis: PyTree, vector: PyTree) -> Array:
+    """Products of the r vectors of a basis with one vector, `(r,)`."""
+    products = jax.tree.map(
+        lambda b, v: (
+            b.reshape(b.shape[0], -1).astype(jnp.promote_types(b.dtype, jnp.float32))
+            @ v.reshape(-1)
+        ),
+        basis,
+        vector,
+    )
+    return sum(jax.tree.leaves(products))
+
+
+def _combine(weights: Array, basis: PyTree) -> PyTree:
+    """sum_i weights_i b_i."""
+    return jax.tree.map(lambda b: jnp.tensordot(weights.astype(b.dtype), b, axes=1), basis)
+
+
+@jax.default_matmul_precision("highest")
+def parallel_transport(tangent: PyTree, target: Spectrum, *, power: float = 0.0) -> PyTree:
+    """The direction in X at another point that does there what a tangent vector says.
+
+    v = V diag(sigma^-power) U^T u, normalised to length 1. With the right power the move is
+    that of u: J v is proportional to U U^T u for power 1, the projection of u, which amplifies
+    directions of small sigma. For power 0 the coefficients of u are used as those of v.
+
+    Args:
+        tangent: u, a vector in H (a pytree like f(x)), such as `left[k]` of another point.
+        target: spectrum at the point to go to, of the same f.
+        power: 0 as in the published code, 1 for the pullback of u; anything between.
+
+    Returns:
+        v, a pytree like x, of length 1.
+
+    Reference: Park et al., 2023, arXiv 2307.12868, section 3.4, which has no sigma (power 0).
+    """
+    weights = _inner(target.left, tangent) * target.values**-power
+    return _combine(weights / jnp.linalg.norm(weights), target.right)
+
+
+@jit
+def _shoot(key, f, x, tangent, distance, power, method, first, options):
+    rank, num_steps, chunk = options
+
+    def move(carry, i):
+        x, tangent, spectrum = carry
+        direction = parallel_transport(tangent, spectrum, power=power)
+        x = jax.tree.map(lambda x, v: x + distance * v, x, direction)
+        spectrum = jacobian_svd(
+            jax.random.fold_in(key, i),
+            f,
+            x,
+            rank,
+            method=method,
+            start=spectrum.right,
+            chunk=chunk,
+        )
+        weights = _inner(spectrum.left, tangent)
+        tangent = _combine(weights / jnp.linalg.norm(weights), spectrum.left)
+        return (x, tangent, spectrum), (x, tangent, spectrum.products)
+
+    path = jax.lax.scan(move, (x, tangent, first), jnp.arange(num_steps))[1]
+    start = (x, tangent, first.products)
+    return jax.tree.map(lambda a, rest: jnp.concatenate([a[None], rest]), start, path)
+
+
+def geodesic_shooting(
+    key: PRNGKeyArray,
+    f: Callable[[PyTree], PyTree],
+    x: PyTree,
+    start: Spectrum,
+    tangent: PyTree,
+    *,
+    distance: float,
+    num_steps: int,
+    power: float = 1.0,
+    method: SpectralMethod = SubspaceIteration(),
+    chunk: int | None = None,
+) -> tuple[PyTree, PyTree, Array]:
+    """Walk straight on in H: move, carry the tangent vector to the new tangent space, repeat.
+
+        v = V diag(sigma^-power) U^T u / |.|;  x <- x + distance v;
+        U, V <- bases at the new x, from the old ones;  u <- U U^T u / |.|
+
+    Projecting u is parallel transport along the path as distance -> 0, so that for power 1 the
+    path is a geodesic of the image of f.
+
+    Args:
+        key: typed PRNG key.
+        f: from x to H, as in `jacobian_svd`.
+        x: where to start, a pytree.
+        start: spectrum of f at x; its rank is that of the whole walk.
+        tangent: u, the direction in H to start with, such as `start.left[k]`.
+        distance: length of a step in X.
+        num_steps: how many.
+        power: as in `parallel_transport`; 0 is that of the publications.
+        method: how the bases are found again; from the old ones a few iterations will do.
+        chunk: products at a time.
+
+    Returns:
+        All x, with a leading axis of num_steps + 1; all u; and the products spent at each.
+
+    Reference: Park, Kwon, Jo, Uh, "Unsupervised Discovery of Semantic Latent Directions in
+    Diffusion Models", 2023, arXiv 2302.12469, section 3.3 (power 0).
+    """
+    options = (start.values.shape[0], num_steps, chunk)
+    return _shoot(key, f, x, tangent, distance, power, method, start, options)

@@ -1,0 +1,83 @@
+"""Edits at chosen times of the process."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._tree import number
+from jaxdiff.denoiser import Denoiser, DenoiserMap, edit_taps, find_network
+from jaxdiff.geometry._features import Offset
+
+
+class EditedBetween(DenoiserMap):
+    """One denoiser for low <= t <= high, another elsewhere.
+
+    Kind 1: denoiser to denoiser, stateless. Only the one in use is evaluated, as long as t is
+    shared by the batch; mapped over t, both are. Taps and other edits reach both, features are
+    read from `base`.
+
+    Args:
+        base: the denoiser outside the interval.
+        edited: the denoiser inside, of the same process, e.g. `edit_taps(base, ...)`.
+        low: lower end of the interval, in the process's time.
+        high: upper end; infinity for all times from `low` on.
+    """
+
+    base: Denoiser
+    edited: Denoiser
+    low: float = number(0.0)
+    high: float = number(float("inf"))
+
+    @property
+    def evaluations(self) -> int:
+        """The larger cost of the two, which a call never exceeds where t is shared."""
+        return max(self.base.evaluations, self.edited.evaluations)
+
+    def __call__(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Array:
+        """See `Denoiser`."""
+        return jax.lax.cond(
+            (t >= self.low) & (t <= self.high),
+            lambda: self.edited(x, t, cond, key=key),
+            lambda: self.base(x, t, cond, key=key),
+        )
+
+
+class TimedOffset(DenoiserMap):
+    """h -> h + offsets[j] at a tap, with times[j] the time nearest to t.
+
+    Injects a direction that differs from step to step, such as a joint principal direction of the
+    whole trajectory.
+
+    Args:
+        base: a network's denoiser, or guidance and other maps of one.
+        times: `(num_steps,)`, in any order.
+        offsets: `(num_steps, *h)`; scale it beforehand.
+        tap: which activation.
+
+    Raises:
+        TypeError: if there is no network inside.
+        ValueError: if there is not one offset per time.
+    """
+
+    base: Denoiser
+    times: Array
+    offsets: Array
+    tap: str = eqx.field(static=True, default="mid")
+
+    def __check_init__(self):
+        find_network(self.base)
+        if jnp.ndim(self.times) != 1 or jnp.shape(self.offsets)[:1] != jnp.shape(self.times):
+            raise ValueError(
+                "`offsets` must have a leading axis of one offset per entry of `times`, got shapes "
+                f"{jnp.shape(self.offsets)} and {jnp.shape(self.times)}."
+            )
+
+    def __call__(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Array:
+        """See `Denoiser`."""
+        offset = self.offsets[jnp.argmin(jnp.abs(self.times - t))]
+        return edit_taps(self.base, {self.tap: Offset(offset)})(x, t, cond, key=key)
