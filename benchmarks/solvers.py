@@ -70,6 +70,82 @@ def ancestral(network, path, carry, row):
     return (mean + d * jnp.sqrt(1 - decay**2) * noise(path, n, x),), None
 
 
+def churned(network, path, carry, row):
+    """DDIM with eta = 1/2."""
+    (x,), (t, s, n, _) = carry, row
+    a, b, c, d = PROCESS.alpha(t), PROCESS.sigma(t), PROCESS.alpha(s), PROCESS.sigma(s)
+    eps = eps_of(network, x, t)
+    std = d * jnp.sqrt(1 - (a * d / (c * b)) ** 2) / 2
+    mean = c * (x - b * eps) / a + jnp.sqrt(d**2 - std**2) * eps
+    return (mean + std * noise(path, n, x),), None
+
+
+def euler_maruyama(network, path, carry, row):
+    """The reverse SDE; the last step draws nothing."""
+    (x,), (t, s, n, _) = carry, row
+    score, g, h = -eps_of(network, x, t) / PROCESS.sigma(t), PROCESS.diffusion(t), s - t
+    std = jnp.where(s == 0, 0.0, g * jnp.sqrt(-h))
+    mean = x + h * (PROCESS.drift(t) * x - g**2 * score)
+    return (mean + std * noise(path, n, x),), None
+
+
+def langevin(network, path, carry, row):
+    """One Langevin step, then DDPM's."""
+    (x,), (t, s, n, _) = carry, row
+    predictor, corrector = jax.random.split(jax.random.fold_in(path, n))
+    score = -eps_of(network, x, t) / PROCESS.sigma(t)
+    draw = jax.random.normal(jax.random.fold_in(corrector, 0), x.shape)
+    size = 2 * 0.16**2 * jnp.sum(draw**2) / jnp.sum(score**2)
+    x = x + size * score + jnp.sqrt(2 * size) * draw
+    a, b, c, d = PROCESS.alpha(t), PROCESS.sigma(t), PROCESS.alpha(s), PROCESS.sigma(s)
+    eps, decay = eps_of(network, x, t), a * d / (c * b)
+    mean = c * (x - b * eps) / a + d * decay * eps
+    draw = jax.random.normal(predictor, x.shape)
+    return (mean + d * jnp.sqrt(1 - decay**2) * draw,), None
+
+
+def plms(network, path, carry, row):
+    """Adams-Bashforth of the noise, after one step of Heun's."""
+    (x, *past), (t, s, _, (weights, warm)) = carry, row
+    k, k_next = PROCESS.sigma(t) / PROCESS.alpha(t), PROCESS.sigma(s) / PROCESS.alpha(s)
+
+    def move(eps):
+        return PROCESS.alpha(s) * (x / PROCESS.alpha(t) + (k_next - k) * eps)
+
+    first = eps_of(network, x, t)
+    outputs = [first, *past]
+    slope = jax.lax.cond(
+        warm,
+        lambda: (first + eps_of(network, move(first), s)) / 2,
+        lambda: sum(w * e for w, e in zip(weights, outputs, strict=True)),
+    )
+    return (move(slope), *outputs[:3]), None
+
+
+def bdia(network, path, carry, row):
+    """DDIM's step, and what its step back misses the last state by."""
+    (x, before, t_before), (t, s, n, _) = carry, row
+    eps = eps_of(network, x, t)
+    x0 = (x - PROCESS.sigma(t) * eps) / PROCESS.alpha(t)
+    back = PROCESS.alpha(t_before) * x0 + PROCESS.sigma(t_before) * eps
+    missed = jnp.where(n == 0, 0.0, before - back)
+    return (PROCESS.alpha(s) * x0 + PROCESS.sigma(s) * eps + missed, x, t), None
+
+
+def edict(network, path, carry, row):
+    """Two latents that take turns, mixed with p = 0.93."""
+    (x, y), (t, s, n, _) = carry, row
+    scale = PROCESS.alpha(s) / PROCESS.alpha(t)
+    gain = PROCESS.sigma(s) - scale * PROCESS.sigma(t)
+    swapped = n % 2 == 1
+    first, second = jnp.where(swapped, y, x), jnp.where(swapped, x, y)
+    first = scale * first + gain * eps_of(network, second, t)
+    second = scale * second + gain * eps_of(network, first, t)
+    x, y = jnp.where(swapped, second, first), jnp.where(swapped, first, second)
+    x = 0.93 * x + 0.07 * y
+    return (x, 0.93 * y + 0.07 * x), None
+
+
 def heun(network, path, carry, row):
     """EDM's Heun steps in x / alpha; the last one, to zero, by Euler."""
     (x,), (t, s, _, _) = carry, row
@@ -155,7 +231,9 @@ def staged(output, stages, noisy):
 def stock_heun(network, path, carry, row):
     """Heun in the variables of the stock solvers, w = x / c."""
     (w,), (t, s, _, _) = carry, row
-    level = lambda t: PROCESS.sigma(t) / (PROCESS.alpha(t) + PROCESS.sigma(t))  # noqa: E731
+
+    def level(t):
+        return PROCESS.sigma(t) / (PROCESS.alpha(t) + PROCESS.sigma(t))
 
     def slope(w, t):
         x = (PROCESS.alpha(t) + PROCESS.sigma(t)) * w
@@ -167,14 +245,24 @@ def stock_heun(network, path, carry, row):
     return (w + h * (first + slope(w + h * first, s)) / 2,), None
 
 
-NONE = lambda x: ()  # noqa: E731
+def nothing(x):
+    """No memory."""
+    return ()
+
+
 CASES = {
-    "DDIM": (solvers.DDIM(), ddim, NONE),
-    "Ancestral": (solvers.Ancestral(), ancestral, NONE),
-    "EDMHeun": (solvers.EDMHeun(), heun, NONE),
-    "DPM-Solver-2": (solvers.DPMSolver(2), staged(eps_of, 2, False), NONE),
-    "DPM-Solver++3S": (solvers.DPMSolver(3, X0()), staged(x0_of, 3, False), NONE),
-    "SEEDS-2": (solvers.SEEDS(2), staged(x0_of, 2, True), NONE),
+    "DDIM": (solvers.DDIM(), ddim, nothing),
+    "DDIM, eta 0.5": (solvers.DDIM(0.5), churned, nothing),
+    "Ancestral": (solvers.Ancestral(), ancestral, nothing),
+    "EulerMaruyama": (solvers.EulerMaruyama(), euler_maruyama, nothing),
+    "PredictorCorrector": (solvers.PredictorCorrector(), langevin, nothing),
+    "PLMS": (solvers.PNDM(), plms, lambda x: [jnp.zeros_like(x)] * 3),
+    "BDIA": (solvers.BDIA(), bdia, lambda x: [x, jnp.ones(())]),
+    "EDICT": (solvers.EDICT(), edict, lambda x: [x]),
+    "EDMHeun": (solvers.EDMHeun(), heun, nothing),
+    "DPM-Solver-2": (solvers.DPMSolver(2), staged(eps_of, 2, False), nothing),
+    "DPM-Solver++3S": (solvers.DPMSolver(3, X0()), staged(x0_of, 3, False), nothing),
+    "SEEDS-2": (solvers.SEEDS(2), staged(x0_of, 2, True), nothing),
     "DPM-Solver++2M": (solvers.DPMSolverMultistep(2), *multistep(x0_of, 2, False)),
     "DPM-Solver++3M": (solvers.DPMSolverMultistep(3), *multistep(x0_of, 3, False)),
     "SDE-DPM-Solver++2M": (
@@ -216,8 +304,8 @@ def compare(name, network, shape, batch, times, rounds, note=""):
 
 
 def unet(size, channels, width):
-    """A network that takes milliseconds."""
-    return networks.UNet(
+    """A network that takes milliseconds, and whose output is not zero, as a fresh one's is."""
+    network = networks.UNet(
         width,
         in_channels=channels,
         image_size=size,
@@ -226,12 +314,17 @@ def unet(size, channels, width):
         attention_resolutions=(),
         rngs=nnx.Rngs(0),
     )
+    kernel = network.conv_out.kernel
+    kernel[...] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
+    return network
 
 
 def stock(network, shape, batch, times, rounds):
     """diffrax.Heun, which has no plan and ends at t_min."""
     denoiser, key = jaxdiff.NetworkDenoiser(network, PROCESS), jax.random.key(0)
-    scale = lambda t: PROCESS.alpha(t) + PROCESS.sigma(t)  # noqa: E731
+
+    def scale(t):
+        return PROCESS.alpha(t) + PROCESS.sigma(t)
 
     @jax.jit
     def by_hand(network, key, times):
