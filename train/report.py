@@ -1,5 +1,6 @@
 """Pictures and tables of a run."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,3 +77,38 @@ def table(rows: Sequence[tuple[str, str, str]], header: tuple[str, str, str]) ->
         ).rstrip()
 
     return "\n".join([line(header), line(tuple("-" * w for w in widths)), *map(line, rows)])
+
+
+def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
+    """Write columns of equal length under a header row; under a temporary name, then renamed."""
+    temporary = path.with_suffix(".tmp.csv")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow([_cell(value) for value in row])
+    temporary.rename(path)
+
+
+def _cell(value) -> str:
+    return f"{value:.8g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def tidy(axes: dict[str, Sequence], values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays over common axes as columns: one row for each entry, axes first.
+
+    Args:
+        axes: name of each axis and its coordinates.
+        values: name of each array; their shape is that of the axes.
+    """
+    grids = np.meshgrid(*map(np.asarray, axes.values()), indexing="ij")
+    columns = {name: grid.ravel() for name, grid in zip(axes, grids, strict=True)}
+    return columns | {name: np.asarray(array).ravel() for name, array in values.items()}
+
+
+def stacked(tables: dict[str, dict[str, np.ndarray]], name: str) -> dict[str, list]:
+    """Tables with equal columns, one under another, with a first column that tells them apart."""
+    columns = {name: [key for key, table in tables.items() for _ in next(iter(table.values()))]}
+    for column in next(iter(tables.values())):
+        columns[column] = [value for table in tables.values() for value in table[column]]
+    return columns
