@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from train.editing import KINDS, Edits
-from train.report import _save, stacked, tidy, write_csv
+from train.report import save_figure, stacked, tidy, write_csv
 
 Row = tuple[str, str, str]
 SPACES = {"H": "tangent space in H (left)", "X": "latent basis in X (right)"}
@@ -38,7 +38,7 @@ def _colors(times: Sequence[float]) -> np.ndarray:
 
 def _finish(figure: plt.Figure, folder: Path, name: str, columns: dict[str, Sequence]) -> None:
     write_csv(folder / f"{name}.csv", columns)
-    _save(figure, folder / f"{name}.png")
+    save_figure(figure, folder / f"{name}.png")
 
 
 def spectra(folder: Path, times: np.ndarray, values: dict[str, np.ndarray]) -> list[Row]:

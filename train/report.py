@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a PNG under a temporary name, then rename."""
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120, bbox_inches="tight")
@@ -38,7 +38,7 @@ def loss_curve(run_dir: Path) -> None:
         axes.plot(steps[width - 1 :], smooth, lw=1.8, label=f"mean of {width} intervals")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend(frameon=False)
-    _save(figure, run_dir / "loss.png")
+    save_figure(figure, run_dir / "loss.png")
 
 
 def image_grid(images: np.ndarray, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
@@ -55,7 +55,7 @@ def image_grid(images: np.ndarray, path: Path, *, columns: int, titles: Sequence
         axes[row, 0].text(
             -0.4, 0.5, title, transform=axes[row, 0].transAxes, va="center", ha="right"
         )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def scatter(points: np.ndarray, reference: np.ndarray, path: Path) -> None:
@@ -64,7 +64,7 @@ def scatter(points: np.ndarray, reference: np.ndarray, path: Path) -> None:
     for axis, values, title in zip(axes, (reference, points), ("data", "samples"), strict=True):
         axis.scatter(*np.asarray(values).T, s=2, alpha=0.4, lw=0)
         axis.set(title=title, aspect="equal")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def table(rows: Sequence[tuple[str, str, str]], header: tuple[str, str, str]) -> str:
