@@ -254,12 +254,18 @@ def _significant(values: Array) -> Array:
 def _extend(basis: Array, columns: Array) -> tuple[Array, Array, Array]:
     """columns = basis above + fresh corner, with fresh orthonormal and orthogonal to the basis.
 
-    Unused columns of the basis are zero. Projecting twice is enough; the second factorisation
-    keeps directions orthogonal that a rank-deficient first one made up.
+    Unused columns of the basis are zero. Where `columns` bring too few new directions, random ones
+    take the place of those that a factorisation would make up, which may lie in the basis.
     """
     above = basis.T @ columns
     rest = columns - basis @ above
     again = basis.T @ rest
     fresh, corner = jnp.linalg.qr(rest - basis @ again)
-    fresh, second = jnp.linalg.qr(fresh - basis @ (basis.T @ fresh))
-    return fresh, above + again, second @ corner
+    scale = jnp.linalg.norm(columns, axis=0).max()
+    missing = jnp.abs(jnp.diagonal(corner)) <= 16 * jnp.finfo(corner.dtype).eps * scale
+    drawn = jax.random.normal(jax.random.key(0), fresh.shape, fresh.dtype) / fresh.shape[0] ** 0.5
+    fresh, corner = jnp.where(missing, drawn, fresh), jnp.where(missing[:, None], 0, corner)
+    for _ in range(2):
+        fresh, change = jnp.linalg.qr(fresh - basis @ (basis.T @ fresh))
+        corner = change @ corner
+    return fresh, above + again, corner

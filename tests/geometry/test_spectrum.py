@@ -98,6 +98,21 @@ def test_rank_deficient(x64, method):
     np.testing.assert_allclose(out.right[3:] @ matrix.T, 0, atol=1e-14)
 
 
+@pytest.mark.parametrize("rank", [33, 50, 61])
+def test_blocks_that_fill_the_space_beside_entries_that_do_nothing(rank):
+    """Like pixels that are always blank: what a factorisation makes up never leaves the basis."""
+    values = 0.9 ** np.arange(rank)
+    places = np.linspace(0, 63, rank).astype(int)
+    matrix = np.zeros((64, 64))
+    matrix[np.ix_(places, places)] = planted(values, (rank, rank))[0]
+    method = GolubKahanLanczos(block=32)
+    out = jacobian_svd(
+        KEY, Matrix(jnp.asarray(matrix, jnp.float32)), jnp.zeros(64), 64, method=method
+    )
+    np.testing.assert_allclose(out.values, np.append(values, np.zeros(64 - rank)), atol=2e-6)
+    assert max(orthonormality(out.right), orthonormality(out.left)) < 1e-5
+
+
 @BOTH
 def test_repeated_values_and_tiny_jacobians(x64, method):
     out = jacobian_svd(KEY, lambda x: 2 * x, jnp.zeros(7), 7, method=method)
