@@ -33,7 +33,7 @@ orders: $(READY)
 methods: $(READY)
 	$(PY) -m jaxdiff.methods
 
-# Executes every notebook in place; a quarter of an hour.
+# Executes every notebook in place; twenty minutes.
 notebooks: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
 	.venv/bin/jupyter-execute --inplace notebooks/*.ipynb

@@ -67,6 +67,27 @@ def test_solvers(monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_geometry(monkeypatch, capsys):
+    seen = run(ROOT / "notebooks" / "geometry.ipynb", monkeypatch)
+    assert max(seen["exact"].values()) < 1e-3
+    for moved, predicted in list(seen["speeds"].values())[:2]:  # the third is a mean over draws
+        assert abs(moved / predicted - 1) < 0.02
+    assert seen["gaussian_error"] < 1e-5 and seen["tweedie_error"] < 1e-4
+    assert seen["fired"] == 0
+    errors = {name: float(np.max(runs[-1][1])) for name, runs in seen["convergence"].items()}
+    assert errors["GolubKahanLanczos"] < errors["power iteration, as published"]
+    for space in "XH":
+        matrix = seen["over_time"][space]
+        np.testing.assert_allclose(matrix, matrix.T)
+        assert np.all(np.diag(matrix) == 0) and matrix.max() < 1.1
+    np.testing.assert_allclose(seen["cosines"][:, 2], seen["reach"], atol=1e-3)
+    assert seen["asyrp_identity"] < 1e-5
+    assert seen["plane"].accuracy > 0.9
+    changes = [jump[2] for jump in seen["jumps"]]
+    assert np.all(np.isfinite(changes)) and changes[0] < changes[-1]
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_with_outputs_and_nothing_private(path):
     code, text = cells(path), path.read_text()
