@@ -37,7 +37,7 @@ class Asyrp(DiffusionSolver):
             denoiser's.
 
     Reference: Kwon, Jeong, Uh, "Diffusion Models already have a Semantic Latent Space", 2022,
-    arXiv 2210.10960, sections 3.2 and 4.3. `asyrp_times` chooses t_edit and t_boost as there.
+    arXiv 2210.10960. `asyrp_times` chooses t_edit and t_boost as there.
     """
 
     edited: Denoiser
@@ -114,7 +114,7 @@ def asyrp_times(
         or noise is injected at all times; the first time of the path for one always exceeded.
 
     Reference: Kwon, Jeong, Uh, "Diffusion Models already have a Semantic Latent Space", 2022,
-    arXiv 2210.10960, sections 4.1 and 4.2. There for LPIPS alone, on the given timesteps.
+    arXiv 2210.10960. There for LPIPS alone, on the given timesteps.
     """
     times = path.t[0]
     edit, boost = _decay(denoiser, path.x, times, cond, distance)

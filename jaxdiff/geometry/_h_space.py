@@ -120,7 +120,7 @@ def h_space_pca(
 
     Reference: Haas, Huberman-Spiegelglas, Mulayoff, Grasshof, Brandt, Michaeli, "Discovering
     Interpretable Directions in the Semantic Latent Space of Diffusion Models", 2023,
-    arXiv 2303.11073, section 3.
+    arXiv 2303.11073.
     """
     options = dict(tap=tap, solver=solver, times=times)
     batches = _activations(key, denoiser, shape, num_samples, cond, batch_size, options)
@@ -168,7 +168,7 @@ def h_space_pca_per_step(
         TypeError: as `h_space_pca`.
         ValueError: as `h_space_pca`.
 
-    Reference: Haas et al., 2023, arXiv 2303.11073, section 3.
+    Reference: Haas et al., 2023, arXiv 2303.11073.
     """
     options = dict(tap=tap, solver=solver, times=times)
     batches = _activations(key, denoiser, shape, num_samples, cond, batch_size, options)
@@ -256,7 +256,7 @@ def h_space_jacobian(
 
     Reference: Haas, Huberman-Spiegelglas, Mulayoff, Grasshof, Brandt, Michaeli, "Discovering
     Interpretable Directions in the Semantic Latent Space of Diffusion Models", 2023,
-    arXiv 2303.11073, section 3. There one direction after the other, by deflated power iteration.
+    arXiv 2303.11073. There one direction after the other, by deflated power iteration.
     """
     response = TapResponse(denoiser, x, t, cond, tap)
     return jacobian_svd(key, response, response.origin, rank, weight=weight, method=method)

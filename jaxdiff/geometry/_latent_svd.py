@@ -40,7 +40,7 @@ def channel_svd(x: Array) -> ChannelSVD:
         ValueError: if x is not a single image.
 
     Reference: Wang, Gao, Li, Wang, Yang, Clifton, Xiao, "Exploring the Latent Space of Diffusion
-    Models Directly through Singular Value Decomposition", 2025, arXiv 2502.02225, section 3.
+    Models Directly through Singular Value Decomposition", 2025, arXiv 2502.02225.
     """
     _check_image(x, "x")
     left, values, right = jnp.linalg.svd(jnp.moveaxis(x, -1, 0), full_matrices=False)
@@ -100,7 +100,7 @@ def svd_swap(x: Array, y: Array, parts: str, k: int | None = None) -> Array:
         ValueError: for latents of different shapes, other letters, or k out of range.
 
     Reference: Wang, Gao, Li, Wang, Yang, Clifton, Xiao, "Exploring the Latent Space of Diffusion
-    Models Directly through Singular Value Decomposition", 2025, arXiv 2502.02225, section 3. The
+    Models Directly through Singular Value Decomposition", 2025, arXiv 2502.02225. The
     choice of signs is ours.
     """
     _check_image(x, "x")

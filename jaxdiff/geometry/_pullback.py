@@ -17,7 +17,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.geometry._features import TapFeature
-from jaxdiff.geometry._ritz import SpectralMethod, SubspaceIteration
+from jaxdiff.geometry._ritz import GolubKahanLanczos, SpectralMethod, SubspaceIteration
 from jaxdiff.geometry._spectrum import Spectrum, jacobian_svd
 from jaxdiff.predictions import Eps
 
@@ -31,11 +31,14 @@ def local_basis(
     *,
     cond: PyTree = None,
     tap: str = "mid",
-    **options,
+    method: SpectralMethod = GolubKahanLanczos(),
+    start: Array | None = None,
+    mask: Array | None = None,
+    chunk: int | None = None,
 ) -> Spectrum:
     """Local latent basis (`right`) and tangent basis (`left`) of the pullback metric at x.
 
-    `jacobian_svd` of `TapFeature(denoiser, t, cond, tap)`, whose further options it takes.
+    `jacobian_svd` of `TapFeature(denoiser, t, cond, tap)`; call that for its further options.
 
     Args:
         key: typed PRNG key.
@@ -45,7 +48,10 @@ def local_basis(
         rank: how many directions.
         cond: condition, or None.
         tap: the activation; "mid" is the h-space of a UNet.
-        options: of `jacobian_svd`.
+        method: as in `jacobian_svd`.
+        start: as in `jacobian_svd`, `(*, *event)`.
+        mask: as in `jacobian_svd`, broadcastable to x; zeros keep a region as it is.
+        chunk: as in `jacobian_svd`.
 
     Returns:
         A `Spectrum`.
@@ -54,10 +60,10 @@ def local_basis(
         TypeError: if the denoiser has no network.
         ValueError: if the network has no such tap (lists those it has), or as `jacobian_svd`.
 
-    Reference: Park et al., 2023, arXiv 2307.12868, section 3.1.
+    Reference: Park et al., 2023, arXiv 2307.12868.
     """
     feature = TapFeature(denoiser, jnp.asarray(t, x.dtype), cond, tap)
-    return jacobian_svd(key, feature, x, rank, **options)
+    return jacobian_svd(key, feature, x, rank, method=method, start=start, mask=mask, chunk=chunk)
 
 
 @jit
@@ -105,7 +111,7 @@ def x_space_guidance(
     Raises:
         ValueError: if the direction's shape is not that of x.
 
-    Reference: Park et al., 2023, arXiv 2307.12868, section 3.3, equation 5. v stays that of the
+    Reference: Park et al., 2023, arXiv 2307.12868. v stays that of the
     starting point, as in the published code.
     """
     _check_direction(direction, x)
@@ -172,7 +178,7 @@ def parallel_transport(tangent: PyTree, target: Spectrum, *, power: float = 0.0)
     Returns:
         v, a pytree like x, of length 1.
 
-    Reference: Park et al., 2023, arXiv 2307.12868, section 3.4, which has no sigma (power 0).
+    Reference: Park et al., 2023, arXiv 2307.12868, which has no sigma (power 0).
     """
     weights = _inner(target.left, tangent) * target.values**-power
     return _combine(weights / jnp.linalg.norm(weights), target.right)
@@ -241,7 +247,7 @@ def geodesic_shooting(
         All x, with a leading axis of num_steps + 1; all u; and the products spent at each.
 
     Reference: Park, Kwon, Jo, Uh, "Unsupervised Discovery of Semantic Latent Directions in
-    Diffusion Models", 2023, arXiv 2302.12469, section 3.3 (power 0).
+    Diffusion Models", 2023, arXiv 2302.12469 (power 0).
     """
     options = (start.values.shape[0], num_steps, chunk)
     return _shoot(key, f, x, tangent, distance, power, method, start, options)

@@ -23,7 +23,7 @@ def supervised_direction(h: Array, labels: Array) -> Array:
 
     Reference: Haas, Huberman-Spiegelglas, Mulayoff, Grasshof, Brandt, Michaeli, "Discovering
     Interpretable Directions in the Semantic Latent Space of Diffusion Models", 2023,
-    arXiv 2303.11073, section 4.
+    arXiv 2303.11073.
     """
     zero, one = _class_means(h, labels)
     return one - zero
@@ -89,7 +89,7 @@ def disentangle(direction: Array, keep: Array) -> Array:
 
     Reference: Haas, Huberman-Spiegelglas, Mulayoff, Grasshof, Brandt, Michaeli, "Discovering
     Interpretable Directions in the Semantic Latent Space of Diffusion Models", 2023,
-    arXiv 2303.11073, section 4.
+    arXiv 2303.11073.
     """
     if keep.shape[1:] != direction.shape or keep.ndim == direction.ndim:
         raise ValueError(
