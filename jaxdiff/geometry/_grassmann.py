@@ -83,14 +83,16 @@ def pairwise_distances(
     bases: Array,
     *,
     distance: Callable[[Array, Array], Array] = grassmann_distance,
-    batch_size: int | None = 16,
+    batch_size: int | None = 1,
 ) -> Array:
     """Distances between all pairs of N subspaces.
 
     Args:
         bases: `(N, r, *shape)`.
         distance: a symmetric function of two bases, e.g. `chordal_distance`.
-        batch_size: pairs computed at a time, to bound memory; None for all at once.
+        batch_size: pairs computed at a time; None for all at once. More than 1 is faster on
+            accelerators; on CPUs of few cores, batched decompositions of jaxlib 0.10 that run
+            at once may wait for each other for ever.
 
     Returns:
         `(N, N)`, symmetric, with zeros on the diagonal.

@@ -100,7 +100,9 @@ def jacobian_svd(
     """Leading singular values and vectors of J = df/dx at x, by products with J and J^T alone.
 
     f is run once. Compiled once for each structure: another x, or other arrays in an f that is a
-    pytree (such as `TapFeature`), reuse the program. `jax.vmap` over x analyses many points.
+    pytree (such as `TapFeature`), reuse the program. `jax.lax.map` over x analyses many points, and
+    on accelerators `jax.vmap`; on CPUs of few cores, batched decompositions of jaxlib 0.10 that run
+    at once may wait for each other for ever.
 
     Args:
         key: typed PRNG key, for the starting block.
