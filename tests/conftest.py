@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, so that every test may shard; float32 unless a test asks for more."""
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -17,3 +18,11 @@ def x64():
     """Run one test in double precision, where it proves something."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs hold memory maps, and a process may have only so many of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
