@@ -10,7 +10,7 @@ demo: $(READY)
 	$(PY) -m train.pretrain digits
 
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(PY) -m ruff check .

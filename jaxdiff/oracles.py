@@ -164,10 +164,15 @@ class GaussianMixture(Denoiser):
 
         def update(mean, covariance):
             evidence = operator @ covariance @ operator.T + noise_std**2 * jnp.eye(y.shape[0])
-            gain = jnp.linalg.solve(evidence, operator @ covariance).T
-            log_evidence = jax.scipy.stats.multivariate_normal.logpdf(y, operator @ mean, evidence)
+            factor = jnp.linalg.cholesky(evidence)
+            residual = y - operator @ mean
+            right = jnp.column_stack([operator @ covariance, residual])
+            solved = jax.scipy.linalg.cho_solve((factor, True), right)
+            gain, weighted = solved[:, :-1].T, solved[:, -1]
+            log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+            square = residual @ weighted + log_det + y.shape[0] * jnp.log(2 * jnp.pi)
             posterior = covariance - gain @ operator @ covariance
-            return mean + gain @ (y - operator @ mean), (posterior + posterior.T) / 2, log_evidence
+            return mean + gain @ residual, (posterior + posterior.T) / 2, -square / 2
 
         means, covariances, log_evidence = jax.vmap(update)(means, covariances)
         log_weights = self.log_weights + log_evidence

@@ -1,6 +1,7 @@
 """What `train.analyze` measures of edits: arrays in, arrays out."""
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -15,9 +16,9 @@ from jaxdiff.denoiser import Denoiser
 from jaxdiff.geometry import Spectrum
 from jaxdiff.predictions import Eps
 
-KINDS = ("own direction", "transport", "pullback")
-"""A direction at another example: its own of the same index, and `parallel_transport` with powers
-0 and 1."""
+KINDS = ("own direction", "unchanged", "transport", "pullback")
+"""A direction at another example: its own of the same index, that of the first example unchanged,
+and `parallel_transport` with powers 0 and 1."""
 
 
 class Guidance(NamedTuple):
@@ -95,33 +96,38 @@ def noise_energy(denoiser: Denoiser, x: Array, t: Array, cond: Array | None) -> 
 
 
 @eqx.filter_jit
-def transport(source: Spectrum, targets: Spectrum, count: int) -> tuple[Array, Array, Array]:
+def transport(
+    f: Callable[[Array], Array], x: Array, source: Spectrum, targets: Spectrum, count: int
+) -> tuple[Array, Array, Array]:
     """The first directions of one example, carried to others; and the others' own.
 
     Args:
-        source: spectrum of the example whose u = `left[k]` are carried.
-        targets: spectra of the others, with a leading axis of N.
+        f: x -> h.
+        x: the other examples, `(N, *event)`.
+        source: spectrum of df/dx at the example whose u = `left[k]` are carried.
+        targets: spectra at the others, with a leading axis of N.
         count: K, how many directions.
 
     Returns:
         Directions `(kinds, N, K, *event)`, own ones with the sign of u; cosines `(kinds, N, K)`
         of their moves J v in H with u; and lengths `(N, K)` of u projected on the tangent space
-        there, the largest cosine that is possible.
+        there, the largest cosine of a direction in the span of that spectrum.
     """
     rank = source.values.shape[0]
 
-    def one(target, k):
+    def one(x, target, k):
         tangent = source.left[k]
         inner = target.left.reshape(rank, -1) @ tangent.ravel()
         own = target.right[k] * jnp.where(inner[k] < 0, -1, 1)
         moved = [geometry.parallel_transport(tangent, target, power=p) for p in (0.0, 1.0)]
-        found = jnp.stack([own, *moved])
-        # J v = U diag(sigma) V^T v, because v is in the span of V.
-        moves = (found.reshape(3, -1) @ target.right.reshape(rank, -1).T) * target.values
-        return found, moves @ inner / jnp.linalg.norm(moves, axis=1), jnp.linalg.norm(inner)
+        found = jnp.stack([own, source.right[k], *moved])
+        # Products, because the unchanged direction is not in the span of the target's.
+        moves = jax.vmap(lambda v: jax.jvp(f, (x,), (v,))[1].ravel())(found)
+        cosines = moves @ tangent.ravel() / jnp.linalg.norm(moves, axis=1)
+        return found, cosines, jnp.linalg.norm(inner)
 
-    over = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
-    found, cosines, lengths = over(targets, jnp.arange(count))
+    over = jax.vmap(jax.vmap(one, (None, None, 0)), (0, 0, None))
+    found, cosines, lengths = over(x, targets, jnp.arange(count))
     return jnp.moveaxis(found, 2, 0), jnp.moveaxis(cosines, 2, 0), lengths
 
 
@@ -131,6 +137,7 @@ def edit(
     spectrum: Spectrum,
     cond: Array | None,
     grid: Array,
+    tap: str,
     options: Guidance,
 ) -> Edits:
     """Edit examples along their first directions, and along those of the first example.
@@ -141,6 +148,7 @@ def edit(
         spectrum: of the tap's Jacobian there, with a leading axis of N.
         cond: label of all, or None.
         grid: times from that of the edit down.
+        tap: the activation h.
         options: how to edit.
     """
     count, rank = options.num_samples, options.num_directions
@@ -153,7 +161,8 @@ def edit(
 
     source = jax.tree.map(lambda leaf: leaf[0], spectrum)
     others = jax.tree.map(lambda leaf: leaf[1:], spectrum)
-    carried, cosines, lengths = transport(source, others, rank)
+    feature = geometry.TapFeature(denoiser, grid[0], cond, tap)
+    carried, cosines, lengths = transport(feature, x[1:], source, others, rank)
     starts = jnp.concatenate([x[sample], *([x[1:]] * len(KINDS))])
     along = jnp.concatenate([directions, carried[:, :, 0].reshape(-1, *event)])
     moved = guide(denoiser, starts, grid[0], cond, along, options)

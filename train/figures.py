@@ -333,9 +333,9 @@ def transport(folder: Path, results: dict[float, Edits]) -> list[Row]:
     _finish(figure, folder, "transport_cosines", columns)
     rows = []
     for t, found in results.items():
-        own, carried, best = (_number(c.mean(-1), "{:.2f}") for c in found.cosines)
-        other = f"transport {carried}, own {own}"
-        rows.append((f"cosine of the move at t = {t:.2g}, pullback", best, other))
+        own, unchanged, carried, best = (_number(c.mean(-1), "{:.2f}") for c in found.cosines)
+        other = f"pullback {best}, unchanged {unchanged}, own {own}"
+        rows.append((f"cosine of the move at t = {t:.2g}, transport", carried, other))
     return rows
 
 

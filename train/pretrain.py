@@ -62,7 +62,7 @@ def main(config: cfg.Config) -> TrainState:
         state,
         batches,
         num_steps=config.steps,
-        hooks=[Hook(config.log_every, log)],
+        hooks=[Hook(config.log_every, log, before_checkpoint=True)],
         store=store,
         checkpoint_every=config.checkpoint_every,
         config=cfg.to_json(config),

@@ -221,6 +221,7 @@ def edited(study: Study, bases: Bases) -> list[figures.Row]:
             spectrum,
             None if study.null is None else jnp.asarray(study.null, jnp.int32),
             jnp.asarray(study.grid[: step + 1][::-1]),
+            options.tap,
             guidance,
         )
     return figures.edits(study.folder, results) + figures.transport(study.folder, results)

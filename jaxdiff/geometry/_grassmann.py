@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from jaxdiff._tree import batched
 from jaxdiff.geometry._linalg import (
+    after,
     canonical_signs,
     check_bases,
     cosine_and_sinc,
@@ -47,7 +48,8 @@ def principal_angles(a: Array, b: Array) -> Array:
     small, large = (flat_basis(basis) for basis in sorted((a, b), key=len))
     overlap = small @ large.T
     cosines = jnp.linalg.svd(overlap, compute_uv=False)
-    remainder = jnp.linalg.qr((small - overlap @ large).T, mode="r")
+    remainder = small - after(overlap, cosines) @ large
+    remainder = jnp.linalg.qr(remainder.T, mode="r")
     sines = jnp.linalg.svd(remainder, compute_uv=False)[::-1]
     return jnp.arctan2(sines, cosines)
 
@@ -83,16 +85,14 @@ def pairwise_distances(
     bases: Array,
     *,
     distance: Callable[[Array, Array], Array] = grassmann_distance,
-    batch_size: int | None = 1,
+    batch_size: int | None = 16,
 ) -> Array:
     """Distances between all pairs of N subspaces.
 
     Args:
         bases: `(N, r, *shape)`.
         distance: a symmetric function of two bases, e.g. `chordal_distance`.
-        batch_size: pairs computed at a time; None for all at once. More than 1 is faster on
-            accelerators; on CPUs of few cores, batched decompositions of jaxlib 0.10 that run
-            at once may wait for each other for ever.
+        batch_size: pairs computed at a time, to bound memory; None for all at once.
 
     Returns:
         `(N, N)`, symmetric, with zeros on the diagonal.

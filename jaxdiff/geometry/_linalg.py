@@ -30,6 +30,17 @@ def canonical_signs(basis: Array) -> Array:
     return jnp.where(largest < 0, -basis, basis)
 
 
+def after(value: Array, other: Array) -> Array:
+    """The same value, as an array that is not there before `other` is.
+
+    Under `vmap`, two decompositions that do not depend on each other may run at once. On CPUs,
+    jaxlib 0.10 splits each over the threads that wait for it, and where all threads wait, they do
+    so for ever. A decomposition of `after(value, other)` waits for the one that made `other`.
+    """
+    # XLA drops an optimisation barrier, and keeps a product with zero, as it may be NaN.
+    return value + 0 * jax.lax.stop_gradient(other).ravel()[0].astype(value.dtype)
+
+
 def polished(rows: Array) -> Array:
     """One Newton step to the nearest orthonormal rows, which squares a small error."""
     return 1.5 * rows - 0.5 * (rows @ rows.T) @ rows

@@ -276,7 +276,7 @@ def subspace_clusters(
     *,
     cond: PyTree = None,
     method: SpectralMethod = GolubKahanLanczos(),
-    batch_size: int | None = 1,
+    batch_size: int | None = None,
 ) -> SubspaceClusters:
     """Cluster points by the leading left singular subspaces of dD/dx there.
 
@@ -293,8 +293,7 @@ def subspace_clusters(
         num_clusters: how many clusters.
         cond: conditions with a leading axis of N, or None.
         method: see `jacobian_svd`.
-        batch_size: points analysed at a time; None for all at once. See `pairwise_distances` for
-            CPUs.
+        batch_size: points analysed at a time, to bound memory; None for all at once.
 
     Returns:
         A `SubspaceClusters`.

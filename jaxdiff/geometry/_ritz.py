@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from jaxdiff._tree import number
 from jaxdiff.geometry._jacobian import Jacobian
+from jaxdiff.geometry._linalg import after
 
 
 class Ritz(eqx.Module):
@@ -112,7 +113,7 @@ class SubspaceIteration(SpectralMethod):
         def iterate(carry):
             basis, old = carry
             orthonormal, triangle = jnp.linalg.qr(jacobian.forward(basis))
-            inner, values, outer = jnp.linalg.svd(triangle)
+            inner, values, outer = jnp.linalg.svd(after(triangle, orthonormal))
             left, right = orthonormal @ inner, basis @ outer.T
             back = jacobian.backward(left)
             residuals = jnp.linalg.norm(back - right * values, axis=0)
@@ -196,7 +197,7 @@ class GolubKahanLanczos(SpectralMethod):
             above = jax.lax.dynamic_update_slice_in_dim(above, corner, now, 0)
             small = jax.lax.dynamic_update_slice_in_dim(small, above, now, 1)
             fresh, _, corner = _extend(right, jacobian.backward(fresh))
-            inner, values, outer = jnp.linalg.svd(small)
+            inner, values, outer = jnp.linalg.svd(after(small, fresh))
             last = jax.lax.dynamic_slice_in_dim(inner[:, :rank], now, block, 0)
             found = right[:, :size] @ (outer[:rank].T * _significant(values[:rank]))
             change = _sine(old.right, found)

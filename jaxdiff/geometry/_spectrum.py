@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import check_key, jit
 from jaxdiff.geometry._jacobian import Jacobian
+from jaxdiff.geometry._linalg import after
 from jaxdiff.geometry._ritz import GolubKahanLanczos, SpectralMethod
 
 
@@ -69,7 +70,8 @@ def _jacobian_svd(key, f, x, start, mask, weight, deflate, method, options):
         columns = jnp.concatenate([columns, jacobian.backward(drawn)], axis=1)
     found = method.solve(jacobian, jnp.linalg.qr(columns)[0], rank)
 
-    right, left = _completed(found.right), _completed(found.left)
+    right = _completed(found.right)
+    left = _completed(after(found.left, right))
     signs = jnp.where(right[jnp.argmax(jnp.abs(right), axis=0), jnp.arange(rank)] < 0, -1, 1)
     signs = signs.astype(right.dtype)
     return Spectrum(
@@ -100,9 +102,8 @@ def jacobian_svd(
     """Leading singular values and vectors of J = df/dx at x, by products with J and J^T alone.
 
     f is run once. Compiled once for each structure: another x, or other arrays in an f that is a
-    pytree (such as `TapFeature`), reuse the program. `jax.lax.map` over x analyses many points, and
-    on accelerators `jax.vmap`; on CPUs of few cores, batched decompositions of jaxlib 0.10 that run
-    at once may wait for each other for ever.
+    pytree (such as `TapFeature`), reuse the program. `jax.vmap` over x analyses points at once;
+    `jax.lax.map` one after another, each only until it has converged.
 
     Args:
         key: typed PRNG key, for the starting block.

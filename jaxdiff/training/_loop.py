@@ -44,10 +44,13 @@ class Hook(NamedTuple):
         call: `call(step, state, metrics)`; `metrics` are means over the steps since the last
             call of a hook or checkpoint, as floats. Those of a player that rests at some steps
             are means over its updates, and absent if there were none.
+        before_checkpoint: whether it precedes a checkpoint of the same step: for records, so that
+            a run which goes on from the checkpoint has them. Others follow it, as they may fail.
     """
 
     every: int
     call: Callable[[int, TrainState, dict[str, float]], None]
+    before_checkpoint: bool = False
 
 
 @contextlib.contextmanager
@@ -139,7 +142,7 @@ def fit(
 
     Raises:
         Interrupted: after SIGTERM or SIGINT, once a checkpoint is written.
-        NonFiniteLossError: if a metric or weight is NaN or infinite; nothing is written. Seen when
+        NonFiniteLossError: if a metric or weight is NaN or infinite; nothing is saved. Seen when
             a hook or checkpoint is due.
         ValueError: if the batches end too early.
         CheckpointError: if a checkpoint cannot be written.
@@ -165,10 +168,14 @@ def fit(
             if due or saving or received:
                 means = _finite_means(history, index, store)
                 history.clear()
+            for hook in due:
+                if hook.before_checkpoint:
+                    hook.call(index, state, means)
             if saving:
                 save()
             for hook in due:
-                hook.call(index, state, means)
+                if not hook.before_checkpoint:
+                    hook.call(index, state, means)
             if stop := list(received):  # perhaps during a hook or the save
                 if not saving:
                     save()

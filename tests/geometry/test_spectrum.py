@@ -1,5 +1,9 @@
 """Leading singular triplets against dense linear algebra and closed forms."""
 
+import os
+import subprocess
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -419,3 +423,23 @@ def test_bad_input():
         GolubKahanLanczos(block=0)
     with pytest.raises(TypeError, match="typed PRNG key"):
         jacobian_svd(jnp.zeros(2, jnp.uint32), feature, x, 2)
+
+
+def test_many_points_at_once_do_not_wait_for_each_other():
+    """Batched decompositions that may run at once have stopped jaxlib 0.10.2 for ever, on as many
+    threads as there are cores: hence another process, without virtual devices, and a limit."""
+    program = """
+import jax
+from jaxdiff import geometry
+
+def spectrum(matrix):
+    f, method = lambda x: matrix @ x, geometry.GolubKahanLanczos(32)
+    return geometry.jacobian_svd(key, f, matrix[0], 64, method=method)
+
+key = jax.random.key(0)
+matrices = jax.random.normal(key, (8, 1024, 64))
+found = jax.jit(jax.vmap(spectrum))(matrices)
+jax.vmap(geometry.principal_angles)(found.right, found.right[::-1]).block_until_ready()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=120, check=True)

@@ -57,6 +57,25 @@ def test_hooks_see_means_at_their_steps_and_at_the_end(players, step):
     np.testing.assert_allclose([value for _, value in seen], expected, rtol=1e-6)
 
 
+def test_records_precede_the_checkpoint_of_their_step_and_other_hooks_follow(
+    tmp_path, players, step
+):
+    store, order = CheckpointStore(tmp_path), []
+
+    def note(name):
+        return lambda index, state, metrics: order.append((name, index, store.steps()))
+
+    hooks = [Hook(2, note("picture")), Hook(2, note("record"), before_checkpoint=True)]
+    options = dict(hooks=hooks, store=store, checkpoint_every=2)
+    fit(step, start(players), Batches(), num_steps=4, **options)
+    assert order == [
+        ("record", 2, []),
+        ("picture", 2, [2]),
+        ("record", 4, [2]),
+        ("picture", 4, [2, 4]),
+    ]
+
+
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, players, step):
     whole = fit(step, start(players), Batches(), num_steps=20)
     store = CheckpointStore(tmp_path)

@@ -24,6 +24,14 @@ MEASURES = {
     "asymmetry of the denoiser's Jacobian": ("structure.csv", "asymmetry", {}),
     "relative Fokker-Planck residual": ("structure.csv", "fokker_planck_relative", {}),
     "score explained by a Gaussian": ("structure.csv", "explained_variance", {}),
+} | {
+    f"cosine with u of the move along {name}": ("transport.csv", f"cosine_of_{column}", {})
+    for name, column in (
+        ("a direction of the other example's own", "own_direction"),
+        ("the first example's direction, unchanged", "unchanged"),
+        ("that direction by transport", "transport"),
+        ("that direction by pullback", "pullback"),
+    )
 }
 
 
