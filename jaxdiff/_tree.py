@@ -126,7 +126,22 @@ def check_finite(x: Array) -> None:
 
 
 def batched(fn: Callable[..., PyTree], batch_size: int | None) -> Callable[..., PyTree]:
-    """Map over the leading axis: all at once, or in chunks of `batch_size` one after another."""
+    """Map over the leading axis: all at once, or in chunks of `batch_size` one after another.
+
+    The last row fills the last chunk, so that one program serves all of them. `jax.lax.map` has
+    another for what is left over, which may run at the same time.
+    """
     if batch_size is None:
         return jax.vmap(fn)
-    return lambda *args: jax.lax.map(lambda arg: fn(*arg), args, batch_size=batch_size)
+
+    def mapped(*args):
+        count = len(jax.tree.leaves(args)[0])
+        if batch_size >= count:
+            return jax.vmap(fn)(*args)
+        chunks = -(-count // batch_size)
+        rows = np.minimum(np.arange(chunks * batch_size), count - 1).reshape(chunks, -1)
+        args = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], args)
+        out = jax.lax.map(lambda chunk: jax.vmap(fn)(*chunk), args)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], out)
+
+    return mapped

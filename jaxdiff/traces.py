@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_key
+from jaxdiff._tree import batched, check_key
 
 
 class TraceEstimator(eqx.Module):
@@ -83,7 +83,7 @@ class ExactTrace(TraceEstimator):
         def diagonal(i):
             return product(jnp.zeros(w.size, w.dtype).at[i].set(1.0))[i]
 
-        entries = jax.lax.map(diagonal, jnp.arange(w.size), batch_size=self.chunk or w.size)
+        entries = batched(diagonal, self.chunk)(jnp.arange(w.size))
         return value, jnp.sum(entries, keepdims=True)
 
 

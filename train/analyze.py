@@ -49,7 +49,7 @@ class Options:
         block: columns per step of the Lanczos method; half the size of a small event makes it
             exact.
         chunk: Jacobian products at a time; 0 for all at once.
-        batch_size: points analysed at a time.
+        batch_size: points analysed at a time; more than 1 is for accelerators.
         cut: frequency below which energy counts as low, in cycles per pixel.
         num_labels: labels compared.
         label_samples: examples seen under these labels.

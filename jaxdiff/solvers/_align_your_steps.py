@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_key, jit
+from jaxdiff._tree import batched, check_key, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.solvers._grids import Schedule, log_snr_times, monotone
 from jaxdiff.solvers._times import check_times, clip_times
@@ -54,15 +54,11 @@ def _bound(key, data, cond, denoiser, times, num_levels, batch_size):
     process = denoiser.process
     levels = jnp.exp(-0.5 * process.log_snr(jnp.clip(times, process.t_min, process.t_max)))
 
-    def one(example):
-        index, x0, cond = example
+    def one(index, x0, cond):
         example_key = jax.random.fold_in(key, index)
         return _example_bound(example_key, x0, cond, denoiser, levels, num_levels)
 
-    examples = jnp.arange(data.shape[0]), data, cond
-    if batch_size is None:
-        return jax.vmap(one)(examples)
-    return jax.lax.map(one, examples, batch_size=batch_size)
+    return batched(one, batch_size)(jnp.arange(data.shape[0]), data, cond)
 
 
 def kl_upper_bound(

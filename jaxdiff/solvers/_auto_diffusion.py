@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
-from jaxdiff._tree import check_key, jit
+from jaxdiff._tree import batched, check_key, jit
 from jaxdiff.solvers._grids import Schedule, monotone
 from jaxdiff.solvers._times import check_monotone
 
@@ -79,10 +79,7 @@ def _search(key, metric, candidates, probability, sizes, batch_size):
         key, index = inputs
         born = jnp.where(index == 0, start, children(key, pool))
         times = jax.vmap(decode)(born)
-        if batch_size is None:
-            scores = jax.vmap(metric)(times)
-        else:
-            scores = jax.lax.map(metric, times, batch_size=batch_size)
+        scores = batched(metric, batch_size)(times)
         # The newborn first: the pool that the first generation meets has not been evaluated.
         pool, values = _select(
             jnp.concatenate([born, pool]), jnp.concatenate([scores, values]), parents

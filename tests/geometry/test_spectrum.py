@@ -438,8 +438,12 @@ def spectrum(matrix):
 
 key = jax.random.key(0)
 matrices = jax.random.normal(key, (8, 1024, 64))
-found = jax.jit(jax.vmap(spectrum))(matrices)
-jax.vmap(geometry.principal_angles)(found.right, found.right[::-1]).block_until_ready()
+jax.block_until_ready(jax.jit(jax.vmap(spectrum))(matrices))
+
+bases = jax.numpy.linalg.qr(jax.random.normal(key, (6, 8, 3072, 20)))[0].mT
+distances = jax.jit(lambda bases: jax.lax.map(geometry.pairwise_distances, bases))
+for _ in range(5):
+    distances(bases).block_until_ready()
 """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    subprocess.run([sys.executable, "-c", program], env=environment, timeout=120, check=True)
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=300, check=True)
