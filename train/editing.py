@@ -122,7 +122,7 @@ def transport(
         moved = [geometry.parallel_transport(tangent, target, power=p) for p in (0.0, 1.0)]
         found = jnp.stack([own, source.right[k], *moved])
         # Products, because the unchanged direction is not in the span of the target's.
-        moves = jax.vmap(lambda v: jax.jvp(f, (x,), (v,))[1].ravel())(found)
+        moves = geometry.Jacobian(f, x).forward(found.reshape(len(found), -1).T).T
         cosines = moves @ tangent.ravel() / jnp.linalg.norm(moves, axis=1)
         return found, cosines, jnp.linalg.norm(inner)
 
