@@ -4,13 +4,17 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test lint format bench orders methods notebooks lock clean
+.PHONY: demo test test-optimised lint format bench orders methods notebooks lock clean
 
 demo: $(READY)
 	$(PY) -m train.pretrain digits
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The same on the programs that users get, compiled with care; twice the time. Before a release.
+test-optimised: export JAXDIFF_TEST_OPTIMISED = 1
+test-optimised: test
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
+from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.processes import Process
 
@@ -109,13 +110,12 @@ class GaussianMixture(Denoiser):
         self, x: Array, t: Array, cond: Array | None = None, *, key: PRNGKeyArray | None = None
     ) -> Array:
         """E[x0 | x_t = x, cond]; see `Denoiser`."""
-        log_likelihood, posterior_means = self._components(x, t)
-        responsibility = jax.nn.softmax(self._log_prior(cond) + log_likelihood)
-        return (responsibility @ posterior_means).reshape(x.shape).astype(x.dtype)
+        del key
+        return _posterior_mean(self, x, t, cond)
 
     def log_prob(self, x: Array, t: Array, cond: Array | None = None) -> Array:
         """log p_t(x | cond) of one example, in nats."""
-        return jax.nn.logsumexp(self._log_prior(cond) + self._components(x, t)[0])
+        return _log_prob(self, x, t, cond)
 
     def class_log_posterior(self, x: Array, t: Array) -> Array:
         """log p(c | x_t = x) of every class, `(num_classes,)`."""
@@ -126,13 +126,7 @@ class GaussianMixture(Denoiser):
 
     def sample_data(self, key: PRNGKeyArray, cond: Array | None = None) -> Array:
         """One example of p(x0 | cond), `(*event)`."""
-        component_key, noise_key = jax.random.split(key)
-        k = jax.random.categorical(component_key, self._log_prior(cond))
-        noise = jax.random.normal(noise_key, self.basis.shape[1:2], self.means.dtype)
-        inside = self.basis[k].T @ noise
-        deviation = self.basis[k] @ (jnp.sqrt(self.spectrum[k]) * inside)
-        deviation += jnp.sqrt(self.isotropic[k]) * (noise - self.basis[k] @ inside)
-        return self.means[k] + deviation.reshape(self.event_shape)
+        return _sample_data(self, key, cond)
 
     def covariances(self) -> Array:
         """The dense C_k, `(K, d, d)`."""
@@ -184,6 +178,31 @@ class GaussianMixture(Denoiser):
             self.labels,
             self.num_classes,
         )
+
+
+# One program each, also where a caller does not compile: dispatched operation by operation, an
+# evaluation is forty of them.
+@jit
+def _posterior_mean(oracle: GaussianMixture, x: Array, t: Array, cond: Array | None) -> Array:
+    log_likelihood, posterior_means = oracle._components(x, t)
+    responsibility = jax.nn.softmax(oracle._log_prior(cond) + log_likelihood)
+    return (responsibility @ posterior_means).reshape(x.shape).astype(x.dtype)
+
+
+@jit
+def _log_prob(oracle: GaussianMixture, x: Array, t: Array, cond: Array | None) -> Array:
+    return jax.nn.logsumexp(oracle._log_prior(cond) + oracle._components(x, t)[0])
+
+
+@jit
+def _sample_data(oracle: GaussianMixture, key: PRNGKeyArray, cond: Array | None) -> Array:
+    component_key, noise_key = jax.random.split(key)
+    k = jax.random.categorical(component_key, oracle._log_prior(cond))
+    noise = jax.random.normal(noise_key, oracle.basis.shape[1:2], oracle.means.dtype)
+    inside = oracle.basis[k].T @ noise
+    deviation = oracle.basis[k] @ (jnp.sqrt(oracle.spectrum[k]) * inside)
+    deviation += jnp.sqrt(oracle.isotropic[k]) * (noise - oracle.basis[k] @ inside)
+    return oracle.means[k] + deviation.reshape(oracle.event_shape)
 
 
 def _full(process, log_weights, means, covariances, labels, num_classes) -> GaussianMixture:
@@ -336,6 +355,11 @@ def gaussian_flow_map(oracle: GaussianMixture, x: Array, t: Array, s: Array) -> 
             "`oracle` must be a single Gaussian, got a mixture of "
             f"{oracle.means.shape[0]} components: their flow map has no closed form."
         )
+    return _flow_map(oracle, x, t, s)
+
+
+@jit
+def _flow_map(oracle: GaussianMixture, x: Array, t: Array, s: Array) -> Array:
     process, mean, basis = oracle.process, oracle.means[0].reshape(-1), oracle.basis[0]
 
     def deviation(variance, time):

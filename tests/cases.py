@@ -13,6 +13,7 @@ from jax.scipy.stats import norm
 
 import jaxdiff
 from jaxdiff import oracles, processes, solvers
+from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser
 
 PROCESSES = {
@@ -121,9 +122,16 @@ def coordinates(process):
     return Coordinates(bimodal(process))
 
 
+@jit
 def times_at(process, low, high, count):
     """Decreasing times, uniform in log-SNR."""
     return process.time(jnp.linspace(low, high, count))
+
+
+@jit
+def flow(oracle, x, start, times):
+    """The exact states at `times` of an example that is at `x` at `start`."""
+    return jax.vmap(lambda t: oracles.gaussian_flow_map(oracle, x, start, t))(times)
 
 
 def walk(solver, denoiser, times, x, *, direction=-1, start=0, memory=None, noise=None):
@@ -132,6 +140,11 @@ def walk(solver, denoiser, times, x, *, direction=-1, start=0, memory=None, nois
     `noise` replaces the draws: `(num_steps, draws of a step, *event)`; `memory` replaces what the
     first step would find.
     """
+    return _walk(solver, denoiser, times, x, direction, start, memory, noise)
+
+
+@jit  # one program, and one for all calls of the same structure
+def _walk(solver, denoiser, times, x, direction, start, memory, noise):
     problem = solvers.Problem(denoiser, None, jax.random.key(0), times, direction)
     problem = dataclasses.replace(problem, plan=solver.plan(problem))
     memory = solver.init_memory(problem, x) if memory is None else memory

@@ -1,16 +1,47 @@
 """Eight virtual CPU devices, so that every test may shard; float32 unless a test asks for more."""
 
+import collections
 import gc
 import os
+from importlib.metadata import version
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+flags = ["--xla_force_host_platform_device_count=8"]
+# Compiling is most of the suite's time, running next to none of it: machine code stays as it comes.
+# JAXDIFF_TEST_OPTIMISED=1 tests the programs that users get.
+if not os.environ.get("JAXDIFF_TEST_OPTIMISED"):
+    flags += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    # Loops without MLIR, half of what is left; newer versions know no such flag, and abort.
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+        flags += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 # Small factorisations are far slower on threads that compete with other workers.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+MAPS = Path("/proc/self/maps")
+# A worker takes whole files: one of these at the end would keep the others waiting.
+LONGEST = ("test_notebooks.py", "conformance/", "test_recipes.py", "test_family.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+
+
+SPENT = collections.Counter()
+
+
+def pytest_runtest_logreport(report):
+    SPENT[report.nodeid.split("::")[0].rpartition("/")[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What every family took, all workers together."""
+    spent = ", ".join(f"{family} {seconds:.0f} s" for family, seconds in SPENT.most_common())
+    terminalreporter.write_line(spent)
 
 
 @pytest.fixture
@@ -22,7 +53,8 @@ def x64():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Compiled programs hold memory maps, and a process may have only so many of them."""
+    """Compiled programs hold memory maps, of which Linux gives a process 65530 at most."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()

@@ -1,5 +1,7 @@
 """What every solver promises, whatever its method."""
 
+import functools
+
 import diffrax
 import equinox as eqx
 import jax
@@ -85,9 +87,12 @@ def test_evaluations_are_the_documented_and_the_counted_ones(oracle, name):
 
 
 @each_solver
-def test_sharded_program_has_no_communication_and_no_host(oracle, name):
-    """Nor does any example depend on the others, or on the devices."""
-    solver, _ = SOLVERS[name]
+def test_sharded_program_has_no_communication_and_no_host(x64, name):
+    """Nor does any example depend on the others, or on the devices.
+
+    In double precision: six long steps amplify rounding, a thousandfold by EDICT.
+    """
+    solver, oracle = SOLVERS[name][0], mixture(processes.VP())
     sharding = parallel.batch_sharding(parallel.make_mesh(devices=jax.devices()))
     program = jax.jit(lambda oracle: run(oracle, solver, sharding=sharding).x)
     compiled = program.lower(oracle).compile()
@@ -97,8 +102,7 @@ def test_sharded_program_has_no_communication_and_no_host(oracle, name):
     spread = compiled(oracle)
     assert len(spread.sharding.device_set) == 8
     alone = run(oracle, solver, count=5, batch_size=1).x
-    # Six long steps amplify rounding in float32, most so those of high order.
-    np.testing.assert_allclose(spread[:5], alone, rtol=5e-4, atol=5e-4)
+    np.testing.assert_allclose(spread[:5], alone, rtol=1e-9, atol=1e-9)
 
 
 @each_solver
@@ -112,6 +116,7 @@ def test_samples_have_derivatives_and_a_path(x64, name):
     moves = 0.0 if name == "ReverseSDE" else 0.05
 
     @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def final(change):
         scaled = eqx.tree_at(lambda o: o.means, oracle, oracle.means * (1 + change))
         inside = jnp.asarray([0.8, 0.6, 0.4, 0.2, 0.1])
@@ -121,9 +126,9 @@ def test_samples_have_derivatives_and_a_path(x64, name):
         out = run(scaled, solver, count=2, saveat=saveat, times=times)
         return out.x.sum(), out
 
-    (_, out), slope = jax.value_and_grad(final, has_aux=True)(0.0)
+    (_, out), slope = final(0.0)
     step = 1e-6
-    difference = (final(step)[0] - final(-step)[0]) / (2 * step)
+    difference = (final(step)[0][0] - final(-step)[0][0]) / (2 * step)
     np.testing.assert_allclose(slope, difference, rtol=1e-4)
     # The trajectory starts at the noise and ends at the sample.
     path = out.path

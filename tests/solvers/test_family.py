@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PROCESSES, gaussian, mixture, times_at, walk
+from cases import PROCESSES, flow, gaussian, mixture, times_at, walk
 
 from jaxdiff import oracles, processes, solvers
+from jaxdiff._tree import jit
 from jaxdiff.predictions import X0, Eps
 from jaxdiff.solvers._exponential import output
 from jaxdiff.solvers._multistep import Memory, Multistep
@@ -56,14 +57,15 @@ DETERMINISTIC = {
 }
 
 
-def exact_states(oracle, x, times):
-    return [oracles.gaussian_flow_map(oracle, x, times[0], t) for t in times]
-
-
 def error(solver, oracle, steps, *, exact_start, grid=None):
     times = times_at(oracle.process, -3.0, 3.0, steps + 1) if grid is None else grid(steps)
+    return _error(solver, oracle, times, exact_start)
+
+
+@jit
+def _error(solver, oracle, times, exact_start):
     x = jnp.asarray([1.0, -0.5, 0.7])
-    exact, start, memory = exact_states(oracle, x, times), 0, None
+    exact, start, memory = flow(oracle, x, times[0], times), 0, None
     if exact_start and isinstance(solver, Multistep):
         start = solver.history - 1
         problem = solvers.Problem(oracle, None, jax.random.key(0), times, -1)
@@ -72,7 +74,7 @@ def error(solver, oracle, steps, *, exact_start, grid=None):
         if solver.plan(problem)[1] is None:
             memory = Memory(tuple(outputs[::-1]), None, None)
     final = walk(solver, oracle, times, exact[start], start=start, memory=memory)[-1]
-    return np.abs(final - exact[-1]).max()
+    return jnp.abs(final - exact[-1]).max()
 
 
 @functools.cache
@@ -132,6 +134,7 @@ STOCHASTIC = {
 }
 
 
+@jit
 def affine_moments(solver, oracle, steps):
     """Mean and variance at the end, from the exact start: x is affine in the start and the noise.
 

@@ -32,7 +32,8 @@ def command(run_dir, *options, module="train.pretrain", preset=TOY):
 
 def environment():
     """One device, as on a newcomer's machine."""
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    return {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
 
 
 def finish(args, **options):
