@@ -19,7 +19,7 @@ test-optimised: test
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m jaxdiff.methods --check
+	$(PY) -m tools.methods --check
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
@@ -32,10 +32,10 @@ bench: $(READY)
 # The orders of the solvers, for METHODS.md; minutes.
 orders: $(READY)
 	PYTHONPATH=tests:tests/solvers $(PY) -m benchmarks.orders
-	$(PY) -m jaxdiff.methods
+	$(PY) -m tools.methods
 
 methods: $(READY)
-	$(PY) -m jaxdiff.methods
+	$(PY) -m tools.methods
 
 # Executes every notebook in place; twenty minutes.
 notebooks: $(READY)

@@ -18,6 +18,7 @@ Conventions:
   swept is a leaf; a choice of structure is static.
 """
 
+from jaxdiff import conditions as conditions
 from jaxdiff import geometry as geometry
 from jaxdiff import guidance as guidance
 from jaxdiff import losses as losses
@@ -28,24 +29,32 @@ from jaxdiff import parallel as parallel
 from jaxdiff import predictions as predictions
 from jaxdiff import processes as processes
 from jaxdiff import solvers as solvers
+from jaxdiff._tree import number as number
 from jaxdiff.denoiser import Clipped as Clipped
 from jaxdiff.denoiser import Denoiser as Denoiser
 from jaxdiff.denoiser import DenoiserMap as DenoiserMap
 from jaxdiff.denoiser import DynamicThresholding as DynamicThresholding
+from jaxdiff.denoiser import Estimate as Estimate
 from jaxdiff.denoiser import LearnedVarianceDenoiser as LearnedVarianceDenoiser
 from jaxdiff.denoiser import LogNoiseLabel as LogNoiseLabel
 from jaxdiff.denoiser import NetworkDenoiser as NetworkDenoiser
 from jaxdiff.denoiser import Preconditioning as Preconditioning
 from jaxdiff.denoiser import TimeLabel as TimeLabel
+from jaxdiff.denoiser import edit_taps as edit_taps
+from jaxdiff.denoiser import find_network as find_network
+from jaxdiff.denoiser import reading as reading
+from jaxdiff.flow_map import FlowMap as FlowMap
 from jaxdiff.likelihood import LogLikelihood as LogLikelihood
 from jaxdiff.likelihood import bits_per_dim as bits_per_dim
 from jaxdiff.likelihood import dequantize as dequantize
 from jaxdiff.likelihood import log_likelihood as log_likelihood
-from jaxdiff.sampling import Path as Path
 from jaxdiff.sampling import Solution as Solution
+from jaxdiff.sampling import Trajectory as Trajectory
 from jaxdiff.sampling import denoise as denoise
 from jaxdiff.sampling import invert as invert
 from jaxdiff.sampling import sample as sample
+from jaxdiff.stepwise import Step as Step
+from jaxdiff.stepwise import Stepwise as Stepwise
 from jaxdiff.traces import ExactTrace as ExactTrace
 from jaxdiff.traces import Hutchinson as Hutchinson
 from jaxdiff.traces import HutchPlusPlus as HutchPlusPlus

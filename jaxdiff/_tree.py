@@ -1,26 +1,49 @@
-"""Small shared pieces: numbers as pytree leaves, and the checks every entry point makes."""
+"""Small shared pieces: numbers as pytree leaves, compiled calls, maps in chunks, derivatives."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) else value
+def is_known(value: Any) -> bool:
+    """Whether the numbers of an array or scalar are known, and not traced."""
+    return not isinstance(value, jax.core.Tracer)
 
 
-def number(default: float) -> Any:
+def as_number(value: Any) -> Any:
+    """A known scalar of any kind as a Python float; arrays and what is traced as they are."""
+    if isinstance(value, bool) or not is_known(value):
+        return value
+    if isinstance(value, (int, float)):
+        return float(value)
+    scalar = isinstance(value, (np.generic, np.ndarray, jax.Array)) and value.shape == ()
+    if scalar and jnp.issubdtype(value.dtype, np.number):
+        return float(value)
+    return value
+
+
+def number(default: float | None) -> Any:
     """A dataclass field for a number that may be swept: a Python float, or an array leaf.
 
-    Python floats stay weakly typed, so they never promote the dtype of what they multiply.
+    Python, NumPy and JAX scalars all become Python floats, so that none of them compiles anew.
+    Those stay weakly typed: they never promote the dtype of what they multiply. Use it for the
+    numbers of your own `equinox.Module`s:
+
+        class Sharpened(jaxdiff.DenoiserMap):
+            base: jaxdiff.Denoiser
+            amount: float = jaxdiff.number(1.0)
+
+    Args:
+        default: the field's default; None for a number that may be left out.
     """
-    return eqx.field(default=default, converter=_as_float)
+    return eqx.field(default=default, converter=as_number)
 
 
 def traced_floats(tree: PyTree) -> PyTree:
@@ -28,12 +51,26 @@ def traced_floats(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, tree)
 
 
-def jit(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """`jax.jit` for arguments that hold more than arrays.
+def as_float_array(value: ArrayLike) -> Array:
+    """An array of floats: integers are promoted to JAX's default float, floats kept."""
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    return value.astype(jnp.result_type(float))
 
-    Arrays and Python floats are traced, so changing a number never recompiles; every other leaf
-    (functions, dtypes, flags) is static and must be hashable. Unlike `equinox.filter_jit`, does
-    not wait for the result.
+
+F = TypeVar("F", bound=Callable)
+
+# Leaves that `jit` traces.
+_TRACED = (jax.Array, np.ndarray, np.generic, float)
+
+
+def jit(fn: F) -> F:
+    """`jax.jit` for arguments that hold more than arrays, by position or by name.
+
+    Arrays and floats are traced, so changing a number never recompiles; every other leaf
+    (functions, dtypes, flags, counts) is static and must be hashable. Unlike
+    `equinox.filter_jit`, does not wait for the result.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -41,15 +78,16 @@ def jit(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
         structure, rest = static
         arrays = iter(arrays)
         leaves = [next(arrays) if leaf is None else leaf for leaf in rest]
-        return fn(*jax.tree.unflatten(structure, leaves))
+        args, kwargs = jax.tree.unflatten(structure, leaves)
+        return fn(*args, **kwargs)
 
     @functools.wraps(fn)
-    def call(*args):
-        leaves, structure = jax.tree.flatten(traced_floats(args))
-        is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
-        arrays = [leaf for leaf, traced in zip(leaves, is_array, strict=True) if traced]
+    def call(*args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        traced = [isinstance(leaf, _TRACED) for leaf in leaves]
+        arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
         rest = tuple(
-            None if traced else leaf for leaf, traced in zip(leaves, is_array, strict=True)
+            None if is_array else leaf for leaf, is_array in zip(leaves, traced, strict=True)
         )
         return compiled((structure, rest), arrays)
 
@@ -58,7 +96,7 @@ def jit(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 def derivative(fn: Callable[[Array], Array], t: Array) -> Array:
     """The derivative of an elementwise `fn` at t."""
-    t = 1.0 * jnp.asarray(t)  # an integer time has no derivative
+    t = as_float_array(t)  # an integer time has no derivative
     return jax.jvp(fn, (t,), (jnp.ones_like(t),))[1]
 
 
@@ -72,76 +110,31 @@ def root(x: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def check_key(key: PRNGKeyArray, argument: str = "key") -> None:
-    """Reject anything but one typed PRNG key.
-
-    Raises:
-        TypeError: for legacy uint32 keys, batches of keys, and anything else.
-    """
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed:
-        got = f"{type(key).__name__} of dtype {key.dtype}" if hasattr(key, "dtype") else repr(key)
-        raise TypeError(
-            f"`{argument}` must be a typed PRNG key, got {got}. "
-            "Make one with jax.random.key(seed), or wrap a legacy key with "
-            "jax.random.wrap_key_data."
-        )
-    if key.shape != ():
-        raise TypeError(
-            f"`{argument}` must be a single PRNG key, got a batch of shape {key.shape}. "
-            "Pass one key; example i draws from fold_in(key, i)."
-        )
+def bounded(x: Array, low: Array, high: Array) -> Array:
+    """`clip` whose derivative at the very ends is 1 and not 1/2."""
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
-def check_cond(cond: PyTree, num_samples: int) -> None:
-    """Reject conditions that are not one per example.
-
-    Raises:
-        ValueError: if a leaf lacks the leading axis.
-    """
-    for leaf in jax.tree.leaves(cond):
-        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_samples:
-            raise ValueError(
-                f"`cond` must have a leading axis of one entry per example, {num_samples}, got a "
-                f"leaf of shape {jnp.shape(leaf)}. Repeat a shared condition with "
-                "jnp.broadcast_to."
-            )
-
-
-def check_finite(x: Array) -> None:
-    """Reject states that hold NaN or infinity, where that can be known.
-
-    Raises:
-        ValueError: if `x` is not finite.
-    """
-    if isinstance(x, jax.core.Tracer):
-        return
-    # In numpy, because jax would trace even a constant inside jit.
-    bad = int(np.sum(~np.isfinite(np.asarray(x, float))))
-    if bad:
-        raise ValueError(
-            f"`x` must be finite, got {bad} of {x.size} entries that are NaN or infinite. Drop "
-            "those examples, or check what made them."
-        )
-
-
-def batched(fn: Callable[..., PyTree], batch_size: int | None) -> Callable[..., PyTree]:
-    """Map over the leading axis: all at once, or in chunks of `batch_size` one after another.
+def chunked(run: Callable[..., PyTree], batch_size: int | None) -> Callable[..., PyTree]:
+    """`run` of a batch, all at once or in chunks of `batch_size` rows one after another.
 
     The last row fills the last chunk, so that one program serves all of them. `jax.lax.map` has
     another for what is left over, which may run at the same time.
     """
-    if batch_size is None:
-        return jax.vmap(fn)
 
     def mapped(*args):
         count = len(jax.tree.leaves(args)[0])
-        if batch_size >= count:
-            return jax.vmap(fn)(*args)
+        if batch_size is None or batch_size >= count:
+            return run(*args)
         chunks = -(-count // batch_size)
         rows = np.minimum(np.arange(chunks * batch_size), count - 1).reshape(chunks, -1)
         args = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], args)
-        out = jax.lax.map(lambda chunk: jax.vmap(fn)(*chunk), args)
+        out = jax.lax.map(lambda chunk: run(*chunk), args)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], out)
 
     return mapped
+
+
+def batched(fn: Callable[..., PyTree], batch_size: int | None) -> Callable[..., PyTree]:
+    """Map over the leading axis: all at once, or in chunks of `batch_size`; see `chunked`."""
+    return chunked(jax.vmap(fn), batch_size)

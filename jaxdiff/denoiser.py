@@ -1,17 +1,46 @@
-"""The denoiser: (x_t, t, cond) -> E[x0 | x_t, cond], for one example."""
+"""The denoiser: (x_t, t, cond) -> E[x0 | x_t, cond], for one example; and maps of denoisers."""
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
-from jaxdiff.networks import EditedNetwork
+from jaxdiff.conditions import as_entries, from_entries
+from jaxdiff.flow_map import FlowMap
 from jaxdiff.predictions import Eps, Prediction
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.taps import EditedNetwork, read_taps
+
+
+class Estimate(eqx.Module):
+    """What a denoiser knows of one noisy example, by one evaluation.
+
+    Attributes:
+        x0: E[x0 | x_t], `(*event)`.
+        eps: the noise a solver is to go on with, where it is another than the one x0 implies,
+            (x - alpha x0) / sigma; None for that one.
+        variance: of the learned reverse step, v in [0, 1] as in `LearnedVarianceDenoiser`; None
+            where none is learned.
+        notes: what `Stepwise` maps inside remember for the next step, by slot.
+        taps: inner activations that were asked for by `reading`, by name.
+    """
+
+    x0: Array
+    eps: Array | None = None
+    variance: Array | None = None
+    notes: dict[int, PyTree] = eqx.field(default_factory=dict)
+    taps: dict[str, Array] = eqx.field(default_factory=dict)
+
+    def replace(self, **changes: PyTree) -> "Estimate":
+        """The estimate with other values; maps change x0 and keep the rest."""
+        return dataclasses.replace(self, **changes)
 
 
 class Denoiser(eqx.Module):
@@ -19,12 +48,14 @@ class Denoiser(eqx.Module):
 
     The one noun of the library: networks become denoisers, guidance maps denoisers to
     denoisers, solvers integrate them, losses train them. Batches are `jax.vmap` outside.
+
+    A denoiser of one's own defines `__call__`; one that knows more than x0 also `estimate`.
     """
 
-    process: eqx.AbstractVar[Process]
+    process: eqx.AbstractVar[GaussianProcess]
 
     @property
-    def evaluations(self) -> int:
+    def evaluations(self) -> Array | int:
         """Network evaluations that one call costs."""
         return 1
 
@@ -37,12 +68,27 @@ class Denoiser(eqx.Module):
         Args:
             x: the noisy example, `(*event)`.
             t: scalar time of the process.
-            cond: what the example is conditioned on; None for an unconditional denoiser.
-            key: randomness of the denoiser itself (dropout, probes); None turns it off.
+            cond: what the example is conditioned on, see `jaxdiff.conditions`; None for an
+                unconditional denoiser.
+            key: randomness of the network itself (dropout); None turns it off.
 
         Returns:
             x0_hat, `(*event)`.
         """
+
+    def check_cond(self, cond: PyTree) -> None:
+        """Reject conditions, of a batch or one example, whose values are known to be wrong.
+
+        Raises:
+            ValueError: for labels outside the classes.
+        """
+        del cond
+
+    def estimate(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Estimate:
+        """All that is known of the example, by the same evaluation; arguments as of a call."""
+        return Estimate(self(x, t, cond, key=key))
 
     def predict(
         self,
@@ -57,15 +103,32 @@ class Denoiser(eqx.Module):
         return prediction.from_x0(self.process, x, t, self(x, t, cond, key=key))
 
 
+def check_denoiser(denoiser: object, argument: str = "denoiser") -> None:
+    """Reject what is no denoiser.
+
+    Raises:
+        TypeError: for a network, a map between two times, or anything else.
+    """
+    if isinstance(denoiser, Denoiser):
+        return
+    remedy = "Wrap a network: NetworkDenoiser(network, process, prediction)."
+    if isinstance(denoiser, FlowMap):
+        remedy = "A map from one time to another has solvers of its own, e.g. FlowMapSteps()."
+    raise TypeError(
+        f"`{argument}` must be a denoiser, (x, t, cond) -> E[x0 | x_t], got "
+        f"{type(denoiser).__name__}. {remedy}"
+    )
+
+
 class Preconditioning(eqx.Module):
     """How a network sees its inputs: x scaled by `scale(t)`, and the noise level as `label(t)`."""
 
     @abstractmethod
-    def scale(self, process: Process, t: Array) -> Array:
+    def scale(self, process: GaussianProcess, t: Array) -> Array:
         """Scalar factor on the network's input."""
 
     @abstractmethod
-    def label(self, process: Process, t: Array) -> Array:
+    def label(self, process: GaussianProcess, t: Array) -> Array:
         """Scalar noise label the network is conditioned on."""
 
 
@@ -80,11 +143,11 @@ class TimeLabel(Preconditioning):
     factor: float = number(1000.0)
     shift: float = number(0.0)
 
-    def scale(self, process: Process, t: Array) -> Array:
+    def scale(self, process: GaussianProcess, t: Array) -> Array:
         """1."""
         return jnp.ones_like(process.alpha(t))
 
-    def label(self, process: Process, t: Array) -> Array:
+    def label(self, process: GaussianProcess, t: Array) -> Array:
         """factor * t + shift."""
         return self.factor * t + self.shift
 
@@ -96,7 +159,7 @@ class LogNoiseLabel(Preconditioning):
     preconditioning.
 
     Args:
-        sigma_data: standard deviation of the data.
+        sigma_data: standard deviation of the data, > 0.
         factor: EDM's is 1/4, for embeddings made for labels of order one.
 
     Reference: Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based
@@ -106,11 +169,14 @@ class LogNoiseLabel(Preconditioning):
     sigma_data: float = number(0.5)
     factor: float = number(0.25)
 
-    def scale(self, process: Process, t: Array) -> Array:
+    def __check_init__(self):
+        check_number("sigma_data", self.sigma_data, above=0.0)
+
+    def scale(self, process: GaussianProcess, t: Array) -> Array:
         """1 / sqrt(alpha^2 sigma_data^2 + sigma^2)."""
         return 1 / jnp.hypot(process.alpha(t) * self.sigma_data, process.sigma(t))
 
-    def label(self, process: Process, t: Array) -> Array:
+    def label(self, process: GaussianProcess, t: Array) -> Array:
         """factor * log(sigma / alpha)."""
         return self.factor * -0.5 * process.log_snr(t)
 
@@ -123,17 +189,45 @@ class TappedDenoiser(Denoiser):
         process: the forward process.
         prediction: what the output means.
         preconditioning: input scale and noise label.
+        taps: inner activations that an estimate brings along; see `reading`.
     """
 
     network: Callable[..., Array]
-    process: Process
+    process: GaussianProcess
     prediction: Prediction = Eps()
     preconditioning: Preconditioning = TimeLabel()
+    taps: tuple[str, ...] = eqx.field(static=True, default=(), kw_only=True)
+
+    def check_cond(self, cond: PyTree) -> None:
+        """See `Denoiser`: what the network itself checks, if it has a `check_cond`."""
+        if hasattr(self.network, "check_cond"):
+            self.network.check_cond(cond)
 
     def inputs(self, x: Array, t: Array) -> tuple[Array, Array]:
         """What the network sees of x at time t: the scaled example `(*event)` and its label."""
         scale = self.preconditioning.scale(self.process, t)
         return (scale * x).astype(x.dtype), self.preconditioning.label(self.process, t)
+
+    def output(
+        self, x: Array, t: Array, cond: PyTree, key: PRNGKeyArray | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The network's output, and the taps that are read on the way."""
+        cond = from_entries(as_entries(cond))
+        if self.taps:
+            return read_taps(self.network, self.taps, *self.inputs(x, t), cond, key=key)
+        return self.network(*self.inputs(x, t), cond, key=key), {}
+
+    def __call__(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Array:
+        """See `Denoiser`."""
+        return self.estimate(x, t, cond, key=key).x0
+
+    @abstractmethod
+    def estimate(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Estimate:
+        """See `Denoiser`."""
 
 
 class NetworkDenoiser(TappedDenoiser):
@@ -146,45 +240,48 @@ class NetworkDenoiser(TappedDenoiser):
         process: the forward process.
         prediction: what the output means; `Eps()` as in DDPM.
         preconditioning: input scale and noise label; `TimeLabel()` gives `1000 t`.
+        taps: inner activations that an estimate brings along.
     """
 
-    def __call__(
+    def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Array:
+    ) -> Estimate:
         """See `Denoiser`."""
-        output = self.network(*self.inputs(x, t), cond, key=key)
+        output, taps = self.output(x, t, cond, key)
         if output.shape != x.shape:
             raise ValueError(
                 f"The network must return an array of its input's shape {x.shape}, "
                 f"got {output.shape}. A network with twice the channels (learned variance) "
                 "belongs in `LearnedVarianceDenoiser`."
             )
-        return self.prediction.to_x0(self.process, x, t, output).astype(x.dtype)
+        x0 = self.prediction.to_x0(self.process, x, t, output).astype(x.dtype)
+        return Estimate(x0, taps=taps)
 
 
 class LearnedVarianceDenoiser(TappedDenoiser):
     """A network with twice the channels: what it predicts, and the variance of a reverse step.
 
     The second half of the last axis, mapped from [-1, 1] to v in [0, 1], interpolates the
-    logarithm of a step's variance between DDPM's beta-tilde (0) and beta (1). As a denoiser it
-    is like `NetworkDenoiser`; train it with `HybridLoss`, sample it with `LearnedAncestral` or
-    any other solver.
+    logarithm of a step's variance between DDPM's beta-tilde (0) and beta (1); it is the
+    `variance` of an estimate, not clipped. As a denoiser it is like `NetworkDenoiser`; train it
+    with `HybridLoss`, sample it with `LearnedAncestral` or any other solver.
 
     Args:
         network: callable pytree whose output has twice the last axis of x.
         process: the forward process.
         prediction: what the first half means.
         preconditioning: input scale and noise label.
+        taps: inner activations that an estimate brings along.
 
     Reference: Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021,
     arXiv 2102.09672, section 3.1.
     """
 
-    def with_variance(
+    def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> tuple[Array, Array]:
-        """x0_hat and v in [0, 1] (not clipped), both `(*event)`."""
-        output = self.network(*self.inputs(x, t), cond, key=key)
+    ) -> Estimate:
+        """See `Denoiser`; with a variance."""
+        output, taps = self.output(x, t, cond, key)
         if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
             raise ValueError(
                 f"The network must return twice the channels of its input {x.shape}, got "
@@ -192,29 +289,109 @@ class LearnedVarianceDenoiser(TappedDenoiser):
             )
         output, variance = jnp.split(output, 2, axis=-1)
         x0 = self.prediction.to_x0(self.process, x, t, output)
-        return x0.astype(x.dtype), ((variance + 1) / 2).astype(x.dtype)
+        return Estimate(
+            x0.astype(x.dtype), variance=((variance + 1) / 2).astype(x.dtype), taps=taps
+        )
+
+
+class DenoiserMap(Denoiser):
+    """Base of the denoisers made from others: `base`, and any further fields that are denoisers.
+
+    A map defines `estimate`, and in it changes what its bases estimate, usually x0 alone:
+
+        found = self.base.estimate(x, t, cond, key=key)
+        return found.replace(x0=jnp.clip(found.x0, -1, 1))
+
+    so that a learned variance, another noise and the notes of other maps pass through. A map that
+    speaks of nothing but x0 may define `__call__` instead. The process is that of `base`, and the
+    cost that of all denoisers inside, unless the map says otherwise.
+    """
+
+    base: eqx.AbstractVar[Denoiser]
+
+    # Fields that hold the network which edits of taps are meant for.
+    same_network: ClassVar[tuple[str, ...]] = ("base",)
+
+    def __check_init__(self):
+        check_denoiser(self.base, "base")
+        kind = type(self)
+        if kind.__call__ is DenoiserMap.__call__ and kind.estimate is DenoiserMap.estimate:
+            raise TypeError(
+                f"`{kind.__name__}` must define `estimate`, or `__call__` for x0 alone."
+            )
+
+    def check_cond(self, cond: PyTree) -> None:
+        """See `Denoiser`: what the denoisers inside check."""
+        for child in self.children:
+            child.check_cond(cond)
+
+    @property
+    def children(self) -> list[Denoiser]:
+        """The denoisers that the map calls."""
+        leaves = jax.tree.leaves(self, is_leaf=lambda n: isinstance(n, Denoiser) and n is not self)
+        return [leaf for leaf in leaves if isinstance(leaf, Denoiser)]
+
+    @property
+    def process(self) -> GaussianProcess:
+        """The base denoiser's process."""
+        return self.base.process
+
+    @property
+    def evaluations(self) -> Array | int:
+        """One call of every denoiser inside."""
+        return sum(child.evaluations for child in self.children)
 
     def __call__(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Array:
         """See `Denoiser`."""
-        return self.with_variance(x, t, cond, key=key)[0]
+        return self.estimate(x, t, cond, key=key).x0
+
+    def estimate(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Estimate:
+        """See `Denoiser`. Of a map that defines `__call__` alone, this is x0 and nothing else.
+
+        Raises:
+            ValueError: if a base has more to say than x0, which would be lost.
+        """
+
+        def guarded(node):
+            speaks = isinstance(node, DenoiserMap) or (
+                isinstance(node, TappedDenoiser) and node.taps
+            )
+            return _X0Alone(node, type(self).__name__) if speaks else node
+
+        inside = jax.tree.map(
+            guarded, self, is_leaf=lambda n: isinstance(n, Denoiser) and n is not self
+        )
+        return Estimate(type(self).__call__(inside, x, t, cond, key=key))
 
 
-class DenoiserMap(Denoiser):
-    """A denoiser made from another, `base`, whose process and cost it has by default."""
+class _X0Alone(DenoiserMap):
+    """A denoiser inside a map that asks for x0 alone: an error if it has more to say."""
 
-    base: eqx.AbstractVar[Denoiser]
+    base: Denoiser
+    asked_by: str = eqx.field(static=True)
 
-    @property
-    def process(self) -> Process:
-        """The base denoiser's process."""
-        return self.base.process
-
-    @property
-    def evaluations(self) -> int:
-        """The base denoiser's cost."""
-        return self.base.evaluations
+    def estimate(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Estimate:
+        """See `Denoiser`."""
+        found = self.base.estimate(x, t, cond, key=key)
+        said = {
+            "the noise to go on with": found.eps is not None,
+            "what to remember": bool(found.notes),
+            "the taps to read": bool(found.taps),
+        }
+        if any(said.values()):
+            lost = " and ".join(what for what, there in said.items() if there)
+            raise ValueError(
+                f"`{self.asked_by}` defines `__call__` alone, and would lose {lost} of "
+                f"{type(self.base).__name__} inside. Define `estimate`, and return "
+                "`found.replace(x0=...)` of the base's."
+            )
+        return found
 
 
 class Clipped(DenoiserMap):
@@ -223,18 +400,24 @@ class Clipped(DenoiserMap):
     Args:
         base: the denoiser to clip.
         low: smallest value of the data.
-        high: largest value of the data.
+        high: largest value of the data, > low.
     """
 
     base: Denoiser
     low: float = number(-1.0)
     high: float = number(1.0)
 
-    def __call__(
+    def __check_init__(self):
+        check_number("low", self.low)
+        if isinstance(self.low, float):
+            check_number("high", self.high, above=self.low)
+
+    def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Array:
+    ) -> Estimate:
         """See `Denoiser`."""
-        return jnp.clip(self.base(x, t, cond, key=key), self.low, self.high)
+        found = self.base.estimate(x, t, cond, key=key)
+        return found.replace(x0=jnp.clip(found.x0, self.low, self.high))
 
 
 class DynamicThresholding(DenoiserMap):
@@ -254,23 +437,34 @@ class DynamicThresholding(DenoiserMap):
     base: Denoiser
     quantile: float = number(0.995)
 
-    def __call__(
+    def __check_init__(self):
+        check_number("quantile", self.quantile, least=0.0, most=1.0)
+
+    def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Array:
+    ) -> Estimate:
         """See `Denoiser`."""
-        x0_hat = self.base(x, t, cond, key=key)
-        limit = jnp.maximum(jnp.quantile(jnp.abs(x0_hat), self.quantile), 1.0)
-        limit = limit.astype(x0_hat.dtype)
-        return jnp.clip(x0_hat, -limit, limit) / limit
+        found = self.base.estimate(x, t, cond, key=key)
+        limit = jnp.maximum(jnp.quantile(jnp.abs(found.x0), self.quantile), 1.0)
+        limit = limit.astype(found.x0.dtype)
+        return found.replace(x0=jnp.clip(found.x0, -limit, limit) / limit)
 
 
-def find_network(denoiser: Denoiser) -> TappedDenoiser:
+Where = Callable[[Denoiser], Denoiser | tuple[Denoiser, ...]]
+
+
+def find_network(denoiser: Denoiser, where: Where | None = None) -> TappedDenoiser:
     """The network's own denoiser inside guidance and other maps of it.
+
+    Args:
+        denoiser: a network's denoiser, or maps of one or several.
+        where: which of the denoisers inside to look into, e.g. `lambda d: d.weak`; None follows
+            the `base` of every map.
 
     Raises:
         TypeError: if there is no network inside.
     """
-    inner = denoiser
+    inner = denoiser if where is None else where(denoiser)
     while isinstance(inner, DenoiserMap):
         inner = inner.base
     if not isinstance(inner, TappedDenoiser):
@@ -281,22 +475,63 @@ def find_network(denoiser: Denoiser) -> TappedDenoiser:
     return inner
 
 
-def edit_taps(denoiser: Denoiser, edits: dict[str, Callable[[Array], Array]]) -> Denoiser:
+def edit_taps(
+    denoiser: Denoiser,
+    edits: dict[str, Callable[[Array], Array]],
+    where: Where | None = None,
+) -> Denoiser:
     """The same denoiser with its network's inner activations edited or replaced.
 
+    Of a map of several networks, the one that `find_network` finds is edited, and its other
+    versions where a map holds several of the same network, such as `EditedBetween`.
+
     Args:
-        denoiser: a network's denoiser, or guidance and other maps of one.
-        edits: as in `networks.EditedNetwork`.
+        denoiser: a network's denoiser, or guidance and other maps of one or several.
+        edits: as in `taps.EditedNetwork`.
+        where: which denoisers inside to edit, one or a tuple, e.g. `lambda d: d.weak`.
 
     Raises:
         TypeError: if there is no network inside.
         ValueError: when called, for taps that the network does not have.
     """
-    find_network(denoiser)
 
-    def edit(node):
-        if not isinstance(node, TappedDenoiser):
-            return node
+    def edit(node: TappedDenoiser) -> TappedDenoiser:
         return eqx.tree_at(lambda d: d.network, node, EditedNetwork(node.network, edits))
 
-    return jax.tree.map(edit, denoiser, is_leaf=lambda node: isinstance(node, TappedDenoiser))
+    return _at_network(denoiser, edit, where)
+
+
+def reading(denoiser: Denoiser, names: tuple[str, ...], where: Where | None = None) -> Denoiser:
+    """The same denoiser, whose estimates bring inner activations along, through any maps.
+
+    `reading(denoiser, ("mid",)).estimate(x, t, cond).taps["mid"]` is what the network computed on
+    the way to that estimate, with the input that maps gave it; under guidance, that of the
+    conditional branch.
+
+    Args:
+        denoiser: a network's denoiser, or guidance and other maps of one or several.
+        names: taps to read.
+        where: which denoiser inside to read; see `find_network`.
+
+    Raises:
+        TypeError: if there is no network inside.
+        ValueError: when called, for taps that the network does not have.
+    """
+
+    def read(node: TappedDenoiser) -> TappedDenoiser:
+        return dataclasses.replace(node, taps=(*node.taps, *names))
+
+    return _at_network(denoiser, read, where)
+
+
+def _at_network(denoiser: Denoiser, change: Callable, where: Where | None) -> Denoiser:
+    """The denoiser with its network's own denoiser, and other versions of it, changed."""
+    if where is not None:
+        return eqx.tree_at(where, denoiser, replace_fn=lambda d: _at_network(d, change, None))
+    find_network(denoiser)
+    if isinstance(denoiser, TappedDenoiser):
+        return change(denoiser)
+    for name in denoiser.same_network:
+        child = _at_network(getattr(denoiser, name), change, None)
+        denoiser = eqx.tree_at(lambda d, name=name: getattr(d, name), denoiser, child)
+    return denoiser

@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import batched, check_cond, check_finite, check_key, jit
-from jaxdiff.denoiser import Denoiser
+from jaxdiff._checks import check_cond, check_count, check_finite, check_key, check_number
+from jaxdiff._tree import as_float_array, as_number, batched, jit
+from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import GridSteps, Problem
 from jaxdiff.solvers._times import resolve_times
+from jaxdiff.stepwise import check_stepless
 from jaxdiff.traces import ExactTrace, TraceEstimator, check_probe_key, standard_error
 
 
@@ -59,7 +61,9 @@ def _larger_rms(y: PyTree) -> Array:
 
 
 @jit
-def _log_likelihood(key, x, cond, denoiser, times, trace, solver, controller, adjoint, batch):
+def _log_likelihood(
+    key, x, cond, denoiser, times, trace, *, solver, controller, adjoint, batch_size
+):
     process, ends = denoiser.process, times[jnp.asarray([0, -1])]
     clock, (start, end) = -_stock.clock(process, times), _stock.scale(process, ends)
 
@@ -82,8 +86,7 @@ def _log_likelihood(key, x, cond, denoiser, times, trace, solver, controller, ad
             throw=False,
         )
         latent, integrals = end * solution.ys[0][0], solution.ys[1][0]
-        sigma = process.sigma(ends[-1])
-        log_prior = jax.scipy.stats.norm.logpdf(latent, scale=sigma).sum()
+        log_prior = process.prior_log_prob(latent, ends[-1])
         log_prob = log_prior + x.size * jnp.log(end / start) + integrals.mean()
         failed = solution.result != diffrax.RESULTS.successful
         nfe = _stock.count_evaluations(solver, solution.stats["num_steps"])
@@ -95,7 +98,7 @@ def _log_likelihood(key, x, cond, denoiser, times, trace, solver, controller, ad
             solution.result,
         )
 
-    return batched(one, batch)(jnp.arange(x.shape[0]), x, cond)
+    return batched(one, batch_size)(jnp.arange(x.shape[0]), x, cond)
 
 
 def log_likelihood(
@@ -125,7 +128,7 @@ def log_likelihood(
 
     Args:
         denoiser: the denoiser; deterministic, since no key is passed to it.
-        x: states at the first time, `(batch, *event)`.
+        x: states at the first time, `(batch, *event)`; integers become floats.
         cond: pytree with a leading axis of `batch`, or None.
         key: typed PRNG key; example i draws its probes from `fold_in(key, i)`. Needed by the
             estimators that draw probes.
@@ -144,7 +147,8 @@ def log_likelihood(
         A `LogLikelihood`.
 
     Raises:
-        TypeError: if `key` is not a typed key, or the solver is not an explicit diffrax one.
+        TypeError: if `key` is not a typed key, the solver is not an explicit diffrax one, or the
+            denoiser draws, remembers or decides once a step.
         ValueError: for a missing key, an x that is not finite, a grid that does not increase,
             leaves the process or does not suit the controller, or a `cond` of the wrong length.
 
@@ -152,15 +156,20 @@ def log_likelihood(
     Modeling through Stochastic Differential Equations", 2021, arXiv 2011.13456, appendix D.2,
     equations 39 and 40. They integrate x in t; the density is the same, the path is smoother.
     """
+    check_denoiser(denoiser)
+    check_stepless(denoiser, "`log_likelihood`")
     _check_solver(solver)
     check_probe_key(key, trace)
-    x = jnp.asarray(x)
+    x = as_float_array(x)
     check_finite(x)
     check_cond(cond, x.shape[0])
+    denoiser.check_cond(cond)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, instead="Leave it out for all at once.")
     times = _resolve(solver, denoiser.process, times, stepsize_controller)
     return _log_likelihood(
-        key if trace.stochastic else None, x, cond, denoiser, times, trace, solver,
-        stepsize_controller, adjoint, batch_size,
+        key if trace.stochastic else None, x, cond, denoiser, times, trace, solver=solver,
+        controller=stepsize_controller, adjoint=adjoint, batch_size=batch_size,
     )  # fmt: skip
 
 
@@ -219,6 +228,8 @@ def bits_per_dim(
     Reference: Theis, van den Oord, Bethge, "A note on the evaluation of generative models",
     2015, arXiv 1511.01844, section 3.1.
     """
+    check_count("size", size)
+    _check_levels(levels, low, high)
     return -jnp.asarray(log_prob) / (size * math.log(2)) + jnp.log2(levels / (high - low))
 
 
@@ -250,5 +261,14 @@ def dequantize(
     2015, arXiv 1511.01844, section 3.1.
     """
     check_key(key)
+    _check_levels(levels, low, high)
+    x = as_float_array(x)
     level = jnp.round((x - low) * ((levels - 1) / (high - low)))
     return low + (level + jax.random.uniform(key, x.shape, x.dtype)) * ((high - low) / levels)
+
+
+def _check_levels(levels, low, high) -> None:
+    check_count("levels", levels, least=2)
+    check_number("low", as_number(low))
+    if isinstance(as_number(low), float):
+        check_number("high", as_number(high), above=as_number(low))

@@ -10,7 +10,7 @@ tau = 0 a point mass, so that a data set is a mixture with one component per exa
 form everything at time t, such as (alpha^2 C + sigma^2 I)^{-1}, is a rescaling of eigenvalues
 and stays accurate for every process at every noise level, singular covariances included.
 
-Oracles are exact for any `Process`, accept events of any shape, and compute in the dtype of
+Oracles are exact for any `GaussianProcess`, accept events of any shape, and compute in the dtype of
 their parameters: build them under `jax.enable_x64` for proofs in double precision.
 
 Reference: closed forms from Bishop, "Pattern Recognition and Machine Learning", 2006,
@@ -20,11 +20,15 @@ sections 2.3.3 and 2.3.9.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import jit
+from jaxdiff._checks import check_number
+from jaxdiff._tree import as_float_array, as_number, is_known, jit
+from jaxdiff.conditions import LABEL, as_entries, check_labels, check_taken
 from jaxdiff.denoiser import Denoiser
-from jaxdiff.processes import Process
+from jaxdiff.flow_map import FlowMap
+from jaxdiff.processes import GaussianProcess
 
 
 def _gain(variance: Array, alpha: Array, sigma: Array) -> Array:
@@ -42,7 +46,8 @@ class GaussianMixture(Denoiser):
     Build one with `gaussian`, `gaussian_mixture`, `low_rank_mixture` or `empirical`.
 
     With labels, `cond` is a class in [0, num_classes), and `cond = num_classes` (the null
-    label) or None is the unconditional law.
+    label) or None is the unconditional law. Other labels are refused where they are known, and
+    count as the null label where they are traced.
 
     Attributes:
         log_weights: `(K,)`, log w_k.
@@ -54,7 +59,7 @@ class GaussianMixture(Denoiser):
         num_classes: number of classes.
     """
 
-    process: Process
+    process: GaussianProcess
     log_weights: Array
     means: Array
     basis: Array
@@ -98,22 +103,28 @@ class GaussianMixture(Denoiser):
             log_det += (size - rank) * jnp.log(rest)
         return -0.5 * (distance + log_det + size * jnp.log(2 * jnp.pi)), posterior_means
 
-    def _log_prior(self, cond: Array | None) -> Array:
+    def check_cond(self, cond: PyTree) -> None:
+        """See `Denoiser`."""
+        check_labels(as_entries(cond).get(LABEL), self.num_classes)
+
+    def _log_prior(self, cond: PyTree) -> Array:
         """log p(k | cond), `(K,)`."""
-        if cond is None:
+        label = check_taken(cond, (LABEL,), "a closed-form denoiser").get(LABEL)
+        if label is None:
             return self.log_weights
-        member = (self.labels == cond) | (cond == self.num_classes)
+        check_labels(label, self.num_classes)
+        member = (self.labels == label) | (label < 0) | (label >= self.num_classes)
         masked = jnp.where(member, self.log_weights, -jnp.inf)
         return masked - jax.nn.logsumexp(masked)
 
     def __call__(
-        self, x: Array, t: Array, cond: Array | None = None, *, key: PRNGKeyArray | None = None
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Array:
         """E[x0 | x_t = x, cond]; see `Denoiser`."""
         del key
         return _posterior_mean(self, x, t, cond)
 
-    def log_prob(self, x: Array, t: Array, cond: Array | None = None) -> Array:
+    def log_prob(self, x: Array, t: Array, cond: PyTree = None) -> Array:
         """log p_t(x | cond) of one example, in nats."""
         return _log_prob(self, x, t, cond)
 
@@ -124,7 +135,7 @@ class GaussianMixture(Denoiser):
         by_class = jnp.where(self.labels == classes[:, None], joint, -jnp.inf)
         return jax.nn.logsumexp(by_class, axis=1) - jax.nn.logsumexp(joint)
 
-    def sample_data(self, key: PRNGKeyArray, cond: Array | None = None) -> Array:
+    def sample_data(self, key: PRNGKeyArray, cond: PyTree = None) -> Array:
         """One example of p(x0 | cond), `(*event)`."""
         return _sample_data(self, key, cond)
 
@@ -134,7 +145,7 @@ class GaussianMixture(Denoiser):
         dense = jnp.einsum("kdr,ker->kde", scaled, self.basis)
         return dense + self.isotropic[:, None, None] * jnp.eye(self.basis.shape[1])
 
-    def moments(self, cond: Array | None = None) -> tuple[Array, Array]:
+    def moments(self, cond: PyTree = None) -> tuple[Array, Array]:
         """Mean `(*event)` and covariance `(d, d)` of p(x0 | cond)."""
         weights = jnp.exp(self._log_prior(cond))
         means = self.means.reshape(self.means.shape[0], -1)
@@ -183,19 +194,19 @@ class GaussianMixture(Denoiser):
 # One program each, also where a caller does not compile: dispatched operation by operation, an
 # evaluation is forty of them.
 @jit
-def _posterior_mean(oracle: GaussianMixture, x: Array, t: Array, cond: Array | None) -> Array:
+def _posterior_mean(oracle: GaussianMixture, x: Array, t: Array, cond: PyTree) -> Array:
     log_likelihood, posterior_means = oracle._components(x, t)
     responsibility = jax.nn.softmax(oracle._log_prior(cond) + log_likelihood)
     return (responsibility @ posterior_means).reshape(x.shape).astype(x.dtype)
 
 
 @jit
-def _log_prob(oracle: GaussianMixture, x: Array, t: Array, cond: Array | None) -> Array:
+def _log_prob(oracle: GaussianMixture, x: Array, t: Array, cond: PyTree) -> Array:
     return jax.nn.logsumexp(oracle._log_prior(cond) + oracle._components(x, t)[0])
 
 
 @jit
-def _sample_data(oracle: GaussianMixture, key: PRNGKeyArray, cond: Array | None) -> Array:
+def _sample_data(oracle: GaussianMixture, key: PRNGKeyArray, cond: PyTree) -> Array:
     component_key, noise_key = jax.random.split(key)
     k = jax.random.categorical(component_key, oracle._log_prior(cond))
     noise = jax.random.normal(noise_key, oracle.basis.shape[1:2], oracle.means.dtype)
@@ -217,7 +228,7 @@ def _full(process, log_weights, means, covariances, labels, num_classes) -> Gaus
 
 def _check_mixture(means: Array, weights: ArrayLike | None, labels: ArrayLike | None):
     count = means.shape[0]
-    weights = jnp.ones(count, means.dtype) if weights is None else jnp.asarray(weights)
+    weights = jnp.ones(count, means.dtype) if weights is None else as_float_array(weights)
     labels = jnp.zeros(count, jnp.int32) if labels is None else jnp.asarray(labels)
     for name, value in (("weights", weights), ("labels", labels)):
         if value.shape != (count,):
@@ -226,24 +237,51 @@ def _check_mixture(means: Array, weights: ArrayLike | None, labels: ArrayLike | 
             )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be integers, got dtype {labels.dtype}.")
+    if is_known(weights) and not np.all(np.asarray(weights) > 0):
+        raise ValueError(f"`weights` must be positive, got {np.asarray(weights)}.")
+    if labels.min() < 0:
+        raise ValueError(f"`labels` must not be negative, got {labels.min()}. Number them from 0.")
     num_classes = int(labels.max()) + 1
     log_weights = jnp.log(weights / weights.sum()).astype(means.dtype)
     return log_weights, labels.astype(jnp.int32), num_classes
 
 
-def gaussian(process: Process, mean: ArrayLike, covariance: ArrayLike) -> GaussianMixture:
+def _check_covariances(covariances: Array) -> None:
+    """Reject what is surely no covariance, where its numbers are known.
+
+    Raises:
+        ValueError: for a matrix that is not symmetric, or has a negative eigenvalue.
+    """
+    if not is_known(covariances):
+        return
+    matrices = np.asarray(covariances, np.float64)
+    size = np.abs(matrices).max(initial=0.0)
+    # Rounding of whoever made them is allowed for.
+    if np.abs(matrices - matrices.mT).max(initial=0.0) > 1e-4 * size:
+        raise ValueError("`covariances` must be symmetric. Pass (C + C.T) / 2.")
+    least = np.linalg.eigvalsh(matrices).min(initial=0.0)
+    if not least >= -1e-4 * size:
+        raise ValueError(
+            f"`covariances` must be positive semi-definite, got an eigenvalue of {least:g}."
+        )
+
+
+def gaussian(process: GaussianProcess, mean: ArrayLike, covariance: ArrayLike) -> GaussianMixture:
     """The oracle of N(mean, covariance).
 
     Args:
         process: the forward process.
         mean: `(*event)`.
         covariance: `(d, d)`, symmetric positive semi-definite, d the size of the event.
+
+    Raises:
+        ValueError: if the shapes do not match, or the covariance is none.
     """
     return gaussian_mixture(process, jnp.asarray(mean)[None], jnp.asarray(covariance)[None])
 
 
 def gaussian_mixture(
-    process: Process,
+    process: GaussianProcess,
     means: ArrayLike,
     covariances: ArrayLike,
     *,
@@ -260,21 +298,22 @@ def gaussian_mixture(
         labels: class of each component, `(K,)` in [0, num_classes); None for a single class.
 
     Raises:
-        ValueError: if the shapes do not match.
+        ValueError: if the shapes do not match, or a covariance is none.
     """
-    means, covariances = jnp.asarray(means), jnp.asarray(covariances)
+    means, covariances = as_float_array(means), as_float_array(covariances)
     size = means[0].size
     if covariances.shape != (means.shape[0], size, size):
         raise ValueError(
             f"`covariances` must have shape {(means.shape[0], size, size)} to match `means` of "
             f"shape {means.shape}, got {covariances.shape}."
         )
+    _check_covariances(covariances)
     log_weights, labels, num_classes = _check_mixture(means, weights, labels)
     return _full(process, log_weights, means, covariances, labels, num_classes)
 
 
 def low_rank_mixture(
-    process: Process,
+    process: GaussianProcess,
     means: ArrayLike,
     factors: ArrayLike,
     *,
@@ -297,7 +336,8 @@ def low_rank_mixture(
     Raises:
         ValueError: if the shapes do not match.
     """
-    means, factors = jnp.asarray(means), jnp.asarray(factors)
+    means, factors = as_float_array(means), as_float_array(factors)
+    check_number("noise_std", as_number(noise_std), least=0.0)
     size = means[0].size
     if factors.ndim != 3 or factors.shape[:2] != (means.shape[0], size) or factors.shape[2] > size:
         raise ValueError(
@@ -314,7 +354,7 @@ def low_rank_mixture(
 
 
 def empirical(
-    process: Process, data: ArrayLike, *, labels: ArrayLike | None = None
+    process: GaussianProcess, data: ArrayLike, *, labels: ArrayLike | None = None
 ) -> GaussianMixture:
     """The oracle of a data set: the denoiser that a network of unlimited capacity would learn.
 
@@ -325,7 +365,7 @@ def empirical(
         data: `(N, *event)`.
         labels: class of each example, `(N,)`; None for a single class.
     """
-    data = jnp.asarray(data)
+    data = as_float_array(data)
     count, size = len(data), data[0].size
     log_weights, labels, num_classes = _check_mixture(data, None, labels)
     basis, spectrum = jnp.zeros((count, size, 0), data.dtype), jnp.zeros((count, 0), data.dtype)
@@ -373,3 +413,34 @@ def _flow_map(oracle: GaussianMixture, x: Array, t: Array, s: Array) -> Array:
     moved = basis @ (ratio(oracle.spectrum[0]) * inside)
     moved += ratio(oracle.isotropic[0]) * (offset - basis @ inside)
     return (process.alpha(s) * mean + moved).reshape(x.shape)
+
+
+class GaussianFlowMap(FlowMap):
+    """The exact flow map of a single Gaussian: `gaussian_flow_map` as a `FlowMap`.
+
+    Args:
+        oracle: one made by `gaussian`.
+
+    Raises:
+        ValueError: when called, if the oracle has more than one component.
+    """
+
+    oracle: GaussianMixture
+
+    @property
+    def process(self) -> GaussianProcess:
+        """The oracle's."""
+        return self.oracle.process
+
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        s: Array,
+        cond: PyTree = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Array:
+        """See `FlowMap`."""
+        del cond, key
+        return gaussian_flow_map(self.oracle, x, t, s)

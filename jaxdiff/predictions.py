@@ -28,22 +28,22 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._tree import derivative, number
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 
 
 class Prediction(eqx.Module):
     """The meaning of a network's output: x0 = c_skip x_t + c_out output."""
 
     @abstractmethod
-    def coefficients(self, process: Process, t: Array) -> tuple[Array, Array]:
+    def coefficients(self, process: GaussianProcess, t: Array) -> tuple[Array, Array]:
         """(c_skip, c_out) at time t, both scalars."""
 
-    def to_x0(self, process: Process, x: Array, t: Array, output: Array) -> Array:
+    def to_x0(self, process: GaussianProcess, x: Array, t: Array, output: Array) -> Array:
         """E[x0 | x_t] of an output. x and output `(*event)`, t scalar."""
         c_skip, c_out = self.coefficients(process, t)
         return c_skip * x + c_out * output
 
-    def from_x0(self, process: Process, x: Array, t: Array, x0: Array) -> Array:
+    def from_x0(self, process: GaussianProcess, x: Array, t: Array, x0: Array) -> Array:
         """The output that means x0: the inverse of `to_x0` in `output`."""
         c_skip, c_out = self.coefficients(process, t)
         return (x0 - c_skip * x) / c_out
@@ -52,7 +52,7 @@ class Prediction(eqx.Module):
 class X0(Prediction):
     """The clean example itself."""
 
-    def coefficients(self, process: Process, t: Array) -> tuple[Array, Array]:
+    def coefficients(self, process: GaussianProcess, t: Array) -> tuple[Array, Array]:
         """(0, 1)."""
         one = jnp.ones_like(process.alpha(t))
         return 0 * one, one
@@ -65,7 +65,7 @@ class Eps(Prediction):
     arXiv 2006.11239, equation 11.
     """
 
-    def coefficients(self, process: Process, t: Array) -> tuple[Array, Array]:
+    def coefficients(self, process: GaussianProcess, t: Array) -> tuple[Array, Array]:
         """(1, -sigma) / alpha."""
         alpha = process.alpha(t)
         return 1 / alpha, -process.sigma(t) / alpha
@@ -79,7 +79,7 @@ class V(Prediction):
     every process.
     """
 
-    def coefficients(self, process: Process, t: Array) -> tuple[Array, Array]:
+    def coefficients(self, process: GaussianProcess, t: Array) -> tuple[Array, Array]:
         """(alpha, -sigma) / (alpha^2 + sigma^2)."""
         alpha, sigma = process.alpha(t), process.sigma(t)
         square = alpha**2 + sigma**2
@@ -93,7 +93,7 @@ class Score(Prediction):
     2011; Efron, "Tweedie's Formula and Selection Bias", 2011.
     """
 
-    def coefficients(self, process: Process, t: Array) -> tuple[Array, Array]:
+    def coefficients(self, process: GaussianProcess, t: Array) -> tuple[Array, Array]:
         """(1, sigma^2) / alpha."""
         alpha = process.alpha(t)
         return 1 / alpha, process.sigma(t) ** 2 / alpha
@@ -109,7 +109,7 @@ class Velocity(Prediction):
     equation 15.
     """
 
-    def coefficients(self, process: Process, t: Array) -> tuple[Array, Array]:
+    def coefficients(self, process: GaussianProcess, t: Array) -> tuple[Array, Array]:
         """(sigma', -sigma) / (alpha sigma' - sigma alpha')."""
         alpha, sigma = process.alpha(t), process.sigma(t)
         d_alpha, d_sigma = derivative(process.alpha, t), derivative(process.sigma, t)
@@ -132,7 +132,7 @@ class F(Prediction):
 
     sigma_data: float = number(0.5)
 
-    def coefficients(self, process: Process, t: Array) -> tuple[Array, Array]:
+    def coefficients(self, process: GaussianProcess, t: Array) -> tuple[Array, Array]:
         """(alpha sigma_data^2 / S, sigma sigma_data / sqrt(S))."""
         alpha, sigma = process.alpha(t), process.sigma(t)
         total = (alpha * self.sigma_data) ** 2 + sigma**2

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import batched, check_key
+from jaxdiff._checks import check_key
+from jaxdiff._tree import batched
 
 
 class TraceEstimator(eqx.Module):

@@ -156,8 +156,8 @@ def _walk(solver, denoiser, times, x, direction, start, memory, noise):
         remaining = iter(()) if draws is None else iter(draws)
         drawn = mock.patch("jax.random.normal", lambda key, shape, dtype: next(remaining))
         with nullcontext() if draws is None else drawn:
-            x, memory, _ = solver.update(problem, x, step)
-        return (x, memory), x
+            moved = solver.take(problem, x, step)
+        return (moved.x, moved.memory), moved.x
 
     rows = (jnp.arange(len(times) - 1), times[:-1], times[1:], problem.plan, noise)
     rows = jax.tree.map(lambda row: row[start:], rows)

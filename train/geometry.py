@@ -41,7 +41,7 @@ def invert(
     errors, states = {}, []
     for name, solver in methods.items():
         out = jaxdiff.invert(denoiser, x0, cond=cond, solver=solver, times=grid, saveat=saveat)
-        states.append(np.asarray(out.path.x))
+        states.append(np.asarray(out.trajectory.x))
         back = jaxdiff.denoise(jax.random.key(0), denoiser, out.x, cond=cond, times=grid[::-1])
         errors[name] = np.asarray(back.x - x0)
     return Inversions(states[0], errors)

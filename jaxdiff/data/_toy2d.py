@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import random
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxdiff._tree import check_key
+from jaxdiff._checks import check_key
 
 
 def _draw(point: Callable, key: PRNGKeyArray, n: int) -> Array:

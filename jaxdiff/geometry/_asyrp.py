@@ -2,19 +2,18 @@
 
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxdiff._tree import _as_float, jit, number, root
-from jaxdiff.denoiser import Denoiser
-from jaxdiff.sampling import Path
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
-from jaxdiff.solvers._ddim import posterior_std
+from jaxdiff._tree import jit, number, root
+from jaxdiff.denoiser import Denoiser, Estimate
+from jaxdiff.sampling import Trajectory
+from jaxdiff.solvers._base import ExplicitSolver, Problem
+from jaxdiff.stepwise import Step, at_step
 
 
-class Asyrp(DiffusionSolver):
+class Asyrp(ExplicitSolver):
     """DDIM with x0_hat of an edited denoiser and eps_hat of the plain one.
 
         x_s = alpha_s x0_hat(edited) + sqrt(sigma_s^2 - c^2) eps_hat(plain) + c n
@@ -33,8 +32,7 @@ class Asyrp(DiffusionSolver):
         eta: how much noise is injected there; 1 is that of ancestral sampling.
 
     Raises:
-        ValueError: when run, to invert, or if the cost of `edited` is no multiple of the plain
-            denoiser's.
+        ValueError: when run, to invert.
 
     Reference: Kwon, Jeong, Uh, "Diffusion Models already have a Semantic Latent Space", 2022,
     arXiv 2210.10960. `asyrp_times` chooses t_edit and t_boost as there.
@@ -42,7 +40,7 @@ class Asyrp(DiffusionSolver):
 
     edited: Denoiser
     t_edit: float = number(0.0)
-    t_boost: float | None = eqx.field(default=None, converter=_as_float)
+    t_boost: float | None = number(None)
     eta: float = number(1.0)
 
     @property
@@ -54,36 +52,31 @@ class Asyrp(DiffusionSolver):
         """Nothing, for a problem that can be solved."""
         if problem.direction > 0:
             raise ValueError("Asyrp has no inverse. Invert by DDIM(), and edit on the way back.")
-        own, plain = self.edited.evaluations, problem.denoiser.evaluations
-        if own % plain:
-            raise ValueError(
-                f"`edited` must cost a multiple of the plain denoiser's {plain} evaluations, got "
-                f"{own}. Edit the whole of it, guidance included: edit_taps(denoiser, ...)."
-            )
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array]:
-        """See `DiffusionSolver`."""
-        t, s = step.t, step.s
-        alpha, sigma = problem.process.alpha(s), problem.process.sigma(s)
-        plain = problem.x0(x, t)
-        eps = problem.eps(x, t, plain)
+    def move(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, PyTree, Array]:
+        """See `ExplicitSolver`."""
+        process, t, s = problem.process, step.t, step.s
+        edited = at_step(self.edited, step)
         editing = t >= self.t_edit
-        x0 = jax.lax.cond(editing, lambda: self.edited(x, t, problem.cond), lambda: plain)
-        extra = self.edited.evaluations // problem.denoiser.evaluations
-        nfe = jnp.where(editing, 1 + extra, 1)
+        x0 = jax.lax.cond(editing, lambda: edited(x, t, problem.cond), lambda: estimate.x0)
+        nfe = jnp.where(editing, edited.evaluations, 0)
+        sigma = process.sigma(s)
         if self.t_boost is None:
-            return alpha * x0 + sigma * eps, step.memory, nfe
-        std = jnp.where(t < self.t_boost, self.eta * posterior_std(problem, t, s), 0.0)
+            return process.alpha(s) * x0 + sigma * estimate.eps, step.memory, nfe
+        std = jnp.where(t < self.t_boost, self.eta * process.posterior_std(t, s), 0.0)
         std = std.astype(sigma.dtype)
         noise = jax.random.normal(step.key, x.shape, x.dtype)
         # The difference of squares may round below zero at eta = 1.
         carried = root(sigma**2 - std**2)
-        return alpha * x0 + carried * eps + std * noise, step.memory, nfe
+        x = process.alpha(s) * x0 + carried * estimate.eps + std * noise
+        return x, step.memory, nfe
 
 
 def asyrp_times(
     denoiser: Denoiser,
-    path: Path,
+    trajectory: Trajectory,
     distance: Callable[[Array, Array], Array],
     *,
     cond: PyTree = None,
@@ -101,8 +94,8 @@ def asyrp_times(
 
     Args:
         denoiser: the plain denoiser.
-        path: of `invert(..., saveat=SaveAt(t0=True, steps=True))`, from nearly clean images on one
-            grid.
+        trajectory: of `invert(..., saveat=SaveAt(t0=True, steps=True))`, from nearly clean images
+            on one grid.
         distance: `(x, y) -> scalar` for two images, LPIPS in the paper.
         cond: as it was in `invert`.
         strength: threshold for t_edit, in units of `distance`. The paper's 0.33 is for LPIPS, and
@@ -111,13 +104,13 @@ def asyrp_times(
 
     Returns:
         t_edit and t_boost; infinity for a threshold that is never reached: then nothing is edited,
-        or noise is injected at all times; the first time of the path for one always exceeded.
+        or noise is injected at all times; the first time of the trajectory for one always exceeded.
 
     Reference: Kwon, Jeong, Uh, "Diffusion Models already have a Semantic Latent Space", 2022,
     arXiv 2210.10960. There for LPIPS alone, on the given timesteps.
     """
-    times = path.t[0]
-    edit, boost = _decay(denoiser, path.x, times, cond, distance)
+    times = trajectory.t[0]
+    edit, boost = _decay(denoiser, trajectory.x, times, cond, distance)
     return _crossing(times, edit, strength), _crossing(times, boost, deficiency)
 
 

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import _as_float, jit
+from jaxdiff._tree import as_number, jit
 from jaxdiff.denoiser import Denoiser, edit_taps
 from jaxdiff.geometry._features import Offset
 from jaxdiff.geometry._supervised_directions import check_labels
 from jaxdiff.geometry._timed_edit import EditedBetween
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 from jaxdiff.sampling import Solution, denoise
 from jaxdiff.solvers._base import DiffusionSolver
 from jaxdiff.solvers._ddim import DDIM
@@ -34,7 +34,9 @@ class MixingTime(eqx.Module):
     settled: Array
 
 
-def mixing_time(process: Process, times: Array, x: Array, *, tolerance: float = 0.02) -> MixingTime:
+def mixing_time(
+    process: GaussianProcess, times: Array, x: Array, *, tolerance: float = 0.02
+) -> MixingTime:
     """The smallest time from which on the radius of inverted states is that of noise.
 
     In many dimensions noise lies on the sphere of radius sigma(t) sqrt(d). The radius of data
@@ -195,7 +197,7 @@ def fit_hyperplane(
     penalised.
     """
     check_labels(x.shape[0], labels)
-    return _fit(x, jnp.asarray(labels), _as_float(penalty), max_iterations)
+    return _fit(x, jnp.asarray(labels), as_number(penalty), max_iterations)
 
 
 def boundary_edit(

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxdiff._tree import derivative
 from jaxdiff.geometry._frequency import ring_energy, ring_sizes
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 
 
 def downsample(x: Array, factor: int) -> Array:
@@ -81,7 +81,7 @@ def band_power(images: Array) -> Array:
     return energy / (sizes * channels * (count - 1))
 
 
-def adjusted_time(process: Process, t: Array, factor: int, power: Array) -> Array:
+def adjusted_time(process: GaussianProcess, t: Array, factor: int, power: Array) -> Array:
     """tau_m(t), the time at which coarse data of full variance is as noisy as block means at t.
 
     snr(tau) = m^2 P_m snr(t).
@@ -99,7 +99,7 @@ def adjusted_time(process: Process, t: Array, factor: int, power: Array) -> Arra
 
 
 def coarse_state(
-    process: Process, x: Array, t: Array, factor: int, power: Array
+    process: GaussianProcess, x: Array, t: Array, factor: int, power: Array
 ) -> tuple[Array, Array]:
     """A noisy example at low resolution, as the same process would make it of coarse data.
 
@@ -132,7 +132,7 @@ def coarse_state(
     return (jnp.sqrt(total / now) * downsample(x, factor)).astype(x.dtype), time
 
 
-def signal_fraction(process: Process, power: Array, t: Array) -> Array:
+def signal_fraction(process: GaussianProcess, power: Array, t: Array) -> Array:
     """g_k(t) = snr P_k / (1 + snr P_k), the part of each band that the denoiser knows.
 
     E |D_k|^2 / P_k for the denoiser D of Gaussian data; from 0 at pure noise to 1 at data.
@@ -148,7 +148,7 @@ def signal_fraction(process: Process, power: Array, t: Array) -> Array:
     return jax.nn.sigmoid(_log_ratio(process, power, t))
 
 
-def generation_rate(process: Process, power: Array, t: Array) -> Array:
+def generation_rate(process: GaussianProcess, power: Array, t: Array) -> Array:
     """R_k(t) = -dg_k / dt, how fast each band is generated as t falls.
 
     g (1 - g) |d log snr / dt|: per unit of log snr it peaks, at 1/4, where snr P_k = 1.
@@ -166,7 +166,7 @@ def generation_rate(process: Process, power: Array, t: Array) -> Array:
     return -known * unknown * derivative(process.log_snr, t)[..., None]
 
 
-def chromatogram(process: Process, power: Array, t: Array) -> Array:
+def chromatogram(process: GaussianProcess, power: Array, t: Array) -> Array:
     """R_k / sum_j R_j, the share of each band in what is generated at a time.
 
     A function of log snr alone: the same for all processes at equal log snr.
@@ -184,5 +184,5 @@ def chromatogram(process: Process, power: Array, t: Array) -> Array:
     return jax.nn.softmax(jax.nn.log_sigmoid(ratio) + jax.nn.log_sigmoid(-ratio))
 
 
-def _log_ratio(process: Process, power: Array, t: Array) -> Array:
+def _log_ratio(process: GaussianProcess, power: Array, t: Array) -> Array:
     return process.log_snr(t)[..., None] + jnp.log(power)

@@ -8,7 +8,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import derivative
 from jaxdiff.denoiser import Denoiser
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 from jaxdiff.traces import ExactTrace, TraceEstimator, draw_probes
 
 
@@ -115,7 +115,7 @@ def fokker_planck_penalty(
 
 
 def log_density_residual(
-    process: Process,
+    process: GaussianProcess,
     log_prob: Callable[[Array, Array], Array],
     x: Array,
     t: Array,

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_key, jit
+from jaxdiff._checks import check_key
+from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.geometry._jacobian import Jacobian
 from jaxdiff.geometry._score_jacobian import Estimate

@@ -13,15 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_cond, check_key, jit
+from jaxdiff._checks import check_cond, check_key
+from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.geometry._linalg import right_svd
 from jaxdiff.oracles import GaussianMixture, gaussian_flow_map
 from jaxdiff.predictions import Score
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 
 
-def fit_gaussian(process: Process, data: ArrayLike, *, rank: int | None = None) -> GaussianMixture:
+def fit_gaussian(
+    process: GaussianProcess, data: ArrayLike, *, rank: int | None = None
+) -> GaussianMixture:
     """The oracle of the Gaussian with the mean and covariance of data.
 
     C = U diag(lambda) U^T + tau^2 (I - U U^T): the `rank` leading principal components, and the
@@ -45,7 +48,7 @@ def fit_gaussian(process: Process, data: ArrayLike, *, rank: int | None = None) 
 
 
 def fit_gaussian_mixture(
-    process: Process, data: ArrayLike, assignments: ArrayLike, *, rank: int | None = None
+    process: GaussianProcess, data: ArrayLike, assignments: ArrayLike, *, rank: int | None = None
 ) -> GaussianMixture:
     """One Gaussian per group of data, as in `fit_gaussian`: per label, cluster or nearest centre.
 
@@ -73,7 +76,7 @@ def fit_gaussian_mixture(
     return _fit(process, [data[assignments == k] for k in range(groups)], rank)
 
 
-def _fit(process: Process, groups: list[Array], rank: int | None) -> GaussianMixture:
+def _fit(process: GaussianProcess, groups: list[Array], rank: int | None) -> GaussianMixture:
     counts, dtype = np.asarray([len(group) for group in groups]), groups[0].dtype
     limit = min(int(counts.min()), groups[0][0].size)
     rank = limit if rank is None else rank

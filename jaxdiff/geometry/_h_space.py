@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_cond, jit
+from jaxdiff._checks import check_cond
+from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser, find_network
 from jaxdiff.geometry._features import TapFeature, TapResponse
 from jaxdiff.geometry._ritz import GolubKahanLanczos, SpectralMethod
@@ -65,12 +66,12 @@ def trajectory_activations(
     """
     find_network(denoiser)
     saveat = diffrax.SaveAt(t0=True, steps=True, fn=_ReadTap(tap))
-    path = sample(
+    trajectory = sample(
         key, denoiser, shape, num_samples, cond=cond, solver=solver, times=times,
         first_index=first_index, saveat=saveat,
-    ).path  # fmt: skip
+    ).trajectory  # fmt: skip
     # The last state is the sample, where no step starts.
-    return path.t[0, :-1], path.x[:, :-1]
+    return trajectory.t[0, :-1], trajectory.x[:, :-1]
 
 
 def h_space_pca(

@@ -53,7 +53,7 @@ def channel_singular_values(x: Array) -> Array:
     """Singular values of every channel, decreasing.
 
     Args:
-        x: `(..., H, W, C)`; a trajectory, as in `Path.x`, is a leading axis.
+        x: `(..., H, W, C)`; a trajectory, as in `Trajectory.x`, is a leading axis.
 
     Returns:
         `(..., C, min(H, W))`.

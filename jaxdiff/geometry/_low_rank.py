@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import batched, check_cond, check_key, jit
+from jaxdiff._checks import check_cond, check_key
+from jaxdiff._tree import batched, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.geometry._grassmann import extrinsic_mean
 from jaxdiff.geometry._jacobian import Jacobian

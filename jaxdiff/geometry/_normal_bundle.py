@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import batched, check_key, jit
+from jaxdiff._checks import check_key
+from jaxdiff._tree import batched, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.geometry._linalg import right_svd
 from jaxdiff.predictions import Score

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_key, jit
+from jaxdiff._checks import check_key
+from jaxdiff._tree import jit
 from jaxdiff.geometry._jacobian import Jacobian
 from jaxdiff.geometry._linalg import after
 from jaxdiff.geometry._ritz import GolubKahanLanczos, SpectralMethod

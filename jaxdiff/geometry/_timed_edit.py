@@ -1,17 +1,19 @@
 """Edits at chosen times of the process."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
-from jaxdiff.denoiser import Denoiser, DenoiserMap, edit_taps, find_network
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, edit_taps, find_network
 from jaxdiff.geometry._features import Offset
 
 
 class EditedBetween(DenoiserMap):
-    """One denoiser for low <= t <= high, another elsewhere.
+    """One denoiser for t_low <= t <= t_high, another elsewhere.
 
     Kind 1: denoiser to denoiser, stateless. Only the one in use is evaluated, as long as t is
     shared by the batch; mapped over t, both are. Taps and other edits reach both, features are
@@ -20,28 +22,31 @@ class EditedBetween(DenoiserMap):
     Args:
         base: the denoiser outside the interval.
         edited: the denoiser inside, of the same process, e.g. `edit_taps(base, ...)`.
-        low: lower end of the interval, in the process's time.
-        high: upper end; infinity for all times from `low` on.
+        t_low: lower end of the interval, in the process's time.
+        t_high: upper end; infinity for all times from `t_low` on.
     """
 
     base: Denoiser
     edited: Denoiser
-    low: float = number(0.0)
-    high: float = number(float("inf"))
+    t_low: float = number(0.0)
+    t_high: float = number(float("inf"))
+
+    same_network: ClassVar[tuple[str, ...]] = ("base", "edited")
 
     @property
-    def evaluations(self) -> int:
+    def evaluations(self) -> Array | int:
         """The larger cost of the two, which a call never exceeds where t is shared."""
-        return max(self.base.evaluations, self.edited.evaluations)
+        costs = self.base.evaluations, self.edited.evaluations
+        return max(costs) if all(isinstance(c, int) for c in costs) else jnp.maximum(*costs)
 
-    def __call__(
+    def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Array:
+    ) -> Estimate:
         """See `Denoiser`."""
         return jax.lax.cond(
-            (t >= self.low) & (t <= self.high),
-            lambda: self.edited(x, t, cond, key=key),
-            lambda: self.base(x, t, cond, key=key),
+            (t >= self.t_low) & (t <= self.t_high),
+            lambda: self.edited.estimate(x, t, cond, key=key),
+            lambda: self.base.estimate(x, t, cond, key=key),
         )
 
 
@@ -75,9 +80,10 @@ class TimedOffset(DenoiserMap):
                 f"{jnp.shape(self.offsets)} and {jnp.shape(self.times)}."
             )
 
-    def __call__(
+    def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Array:
+    ) -> Estimate:
         """See `Denoiser`."""
         offset = self.offsets[jnp.argmin(jnp.abs(self.times - t))]
-        return edit_taps(self.base, {self.tap: Offset(offset)})(x, t, cond, key=key)
+        edited = edit_taps(self.base, {self.tap: Offset(offset)})
+        return edited.estimate(x, t, cond, key=key)

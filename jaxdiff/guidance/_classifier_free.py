@@ -5,18 +5,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
-from jaxdiff.denoiser import Denoiser, DenoiserMap
+from jaxdiff.conditions import null_where
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
 
 
 class ClassifierFree(DenoiserMap):
     """D_null + scale (D_cond - D_null): extrapolate from the unconditional to the conditional.
 
-    Kind 1: denoiser to denoiser, stateless. Both evaluations run as one batch of two.
+    Kind 1: denoiser to denoiser, stateless. Both evaluations run as one batch of two. A learned
+    variance, and what maps inside remember, are those of the conditional branch.
 
     Args:
         base: a denoiser trained with label dropout.
-        null_cond: the condition that means "none", e.g. `num_classes`.
+        null_cond: the condition that means "none", e.g. `num_classes`; broadcast to what it
+            replaces, and of a mapping only the entries that it names.
         scale: 1 is the conditional model, 0 the unconditional one, above 1 guides.
+
+    Raises:
+        ValueError: when called, if the condition lacks what `null_cond` replaces.
 
     Reference: Ho, Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv 2207.12598,
     equation 6. The paper's w is scale - 1. In x0 instead of eps, which is the same by
@@ -28,18 +34,22 @@ class ClassifierFree(DenoiserMap):
     scale: float = number(1.0)
 
     @property
-    def evaluations(self) -> int:
+    def evaluations(self) -> Array | int:
         """Twice the base denoiser's."""
         return 2 * self.base.evaluations
 
-    def __call__(
+    def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Array:
+    ) -> Estimate:
         """See `Denoiser`."""
-        pair = jax.tree.map(
-            lambda null, c: jnp.stack([jnp.asarray(null, jnp.result_type(c)), c]),
-            self.null_cond,
-            cond,
-        )
-        unconditional, conditional = jax.vmap(lambda c: self.base(x, t, c, key=key))(pair)
-        return unconditional + self.scale * (conditional - unconditional)
+
+        def branch(null):
+            return self.base.estimate(x, t, null_where(null, cond, self.null_cond), key=key)
+
+        pair = jax.vmap(branch)(jnp.asarray([True, False]))
+        found = jax.tree.map(lambda leaf: leaf[1], pair)
+
+        def guided(both):
+            return None if both is None else both[0] + self.scale * (both[1] - both[0])
+
+        return found.replace(x0=guided(pair.x0), eps=guided(pair.eps))

@@ -12,10 +12,10 @@ from jaxdiff._tree import number
 from jaxdiff.denoiser import LearnedVarianceDenoiser
 from jaxdiff.losses._denoising import drop_label
 from jaxdiff.losses._time_laws import stratified_uniform
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 
 
-def _posterior(process: Process, t: Array, s: Array) -> tuple[Array, Array, Array, Array]:
+def _posterior(process: GaussianProcess, t: Array, s: Array) -> tuple[Array, Array, Array, Array]:
     """Of q(x_s | x_t, x0): weights of x_t and x0 in the mean, log beta-tilde and log beta."""
     alpha_t, alpha_s = process.alpha(t), process.alpha(s)
     square_t, square_s = process.sigma(t) ** 2, process.sigma(s) ** 2
@@ -26,7 +26,13 @@ def _posterior(process: Process, t: Array, s: Array) -> tuple[Array, Array, Arra
 
 
 def reverse_step_nll(
-    process: Process, x0: Array, x: Array, t: Array, s: Array, x0_hat: Array, variance: Array
+    process: GaussianProcess,
+    x0: Array,
+    x: Array,
+    t: Array,
+    s: Array,
+    x0_hat: Array,
+    variance: Array,
 ) -> Array:
     """KL(q(x_s | x_t, x0) || p(x_s | x_t)) of one example, in nats per dimension.
 
@@ -115,7 +121,8 @@ class HybridLoss(eqx.Module):
         s = ((jnp.maximum(index, 2) - 1) * spacing).astype(x0.dtype)
         eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
         x = process.marginal(x0, eps, t)
-        x0_hat, variance = denoiser.with_variance(x, t, cond, key=denoiser_key)
+        found = denoiser.estimate(x, t, cond, key=denoiser_key)
+        x0_hat, variance = found.x0, found.variance
         simple = jnp.exp(process.log_snr(t)) * jnp.mean((x0 - x0_hat) ** 2)
 
         mean = jax.lax.stop_gradient(x0_hat)

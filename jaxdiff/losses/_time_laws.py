@@ -13,29 +13,29 @@ from jax.scipy.special import ndtri
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff._tree import derivative, number
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 
 
 class TimeLaw(eqx.Module):
     """A distribution on the time range [t_min, t_max] of a process."""
 
     @abstractmethod
-    def quantile(self, process: Process, u: Array) -> Array:
+    def quantile(self, process: GaussianProcess, u: Array) -> Array:
         """The time at level u in [0, 1], clipped to [t_min, t_max]."""
 
     @abstractmethod
-    def density(self, process: Process, t: Array) -> Array:
+    def density(self, process: GaussianProcess, t: Array) -> Array:
         """p(t)."""
 
 
 class UniformTime(TimeLaw):
     """t uniform on [t_min, t_max]."""
 
-    def quantile(self, process: Process, u: Array) -> Array:
+    def quantile(self, process: GaussianProcess, u: Array) -> Array:
         """t_min + u (t_max - t_min)."""
         return process.t_min + u * (process.t_max - process.t_min)
 
-    def density(self, process: Process, t: Array) -> Array:
+    def density(self, process: GaussianProcess, t: Array) -> Array:
         """1 / (t_max - t_min)."""
         return jnp.ones_like(t) / (process.t_max - process.t_min)
 
@@ -54,12 +54,12 @@ class LogNormal(TimeLaw):
     mean: float = number(-1.2)
     std: float = number(1.2)
 
-    def quantile(self, process: Process, u: Array) -> Array:
+    def quantile(self, process: GaussianProcess, u: Array) -> Array:
         """Time of log-SNR -2 (mean + std ndtri(u))."""
         t = process.time(-2 * (self.mean + self.std * ndtri(u)))
         return jnp.clip(t, process.t_min, process.t_max)
 
-    def density(self, process: Process, t: Array) -> Array:
+    def density(self, process: GaussianProcess, t: Array) -> Array:
         """N(log(sigma / alpha); mean, std^2) |d log(sigma / alpha) / dt|."""
         log_noise = -0.5 * process.log_snr(t)
         slope = -0.5 * derivative(process.log_snr, t)
@@ -80,12 +80,12 @@ class LogitNormal(TimeLaw):
     mean: float = number(0.0)
     std: float = number(1.0)
 
-    def quantile(self, process: Process, u: Array) -> Array:
+    def quantile(self, process: GaussianProcess, u: Array) -> Array:
         """sigmoid(mean + std ndtri(u))."""
         t = jax.nn.sigmoid(self.mean + self.std * ndtri(u))
         return jnp.clip(t, process.t_min, process.t_max)
 
-    def density(self, process: Process, t: Array) -> Array:
+    def density(self, process: GaussianProcess, t: Array) -> Array:
         """N(logit t; mean, std^2) / (t (1 - t))."""
         logit = jnp.log(t) - jnp.log1p(-t)
         return jax.scipy.stats.norm.pdf(logit, self.mean, self.std) / (t * (1 - t))

@@ -10,16 +10,16 @@ from jaxdiff.denoiser import Denoiser
 from jaxdiff.losses._denoising import denoising_error
 from jaxdiff.losses._time_laws import UniformTime
 from jaxdiff.losses._weightings import ELBO
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 
 
-def prior_kl(process: Process, x0: Array) -> Array:
+def prior_kl(process: GaussianProcess, x0: Array) -> Array:
     """KL(q(x_T | x0) || N(0, sigma_T^2 I)) = alpha_T^2 ||x0||^2 / (2 sigma_T^2), in nats."""
     t = jnp.asarray(process.t_max, x0.dtype)
     return 0.5 * jnp.exp(process.log_snr(t)) * jnp.sum(x0**2)
 
 
-def gaussian_reconstruction(process: Process, key: PRNGKeyArray, x0: Array) -> Array:
+def gaussian_reconstruction(process: GaussianProcess, key: PRNGKeyArray, x0: Array) -> Array:
     """-E log N(x0; x_t / alpha, (sigma / alpha)^2 I) at t_min: d/2 log(2 pi e sigma^2 / alpha^2).
 
     The decoder for continuous data; exact in expectation as t_min -> 0. Draws nothing.
@@ -30,7 +30,7 @@ def gaussian_reconstruction(process: Process, key: PRNGKeyArray, x0: Array) -> A
 
 
 def discrete_reconstruction(
-    process: Process, key: PRNGKeyArray, x0: Array, *, levels: int = 256
+    process: GaussianProcess, key: PRNGKeyArray, x0: Array, *, levels: int = 256
 ) -> Array:
     """-log p(x0 | x_t) at t_min, for data on `levels` equally spaced values in [-1, 1].
 

@@ -14,14 +14,14 @@ from jaxtyping import Array
 
 from jaxdiff._tree import derivative, number
 from jaxdiff.predictions import Eps, Prediction
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 
 
 class Weighting(eqx.Module):
     """A factor on ||x0 - x0_hat||^2 at time t."""
 
     @abstractmethod
-    def __call__(self, process: Process, t: Array, density: Array) -> Array:
+    def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """The weight.
 
         Args:
@@ -35,7 +35,7 @@ class Weighting(eqx.Module):
         """
 
 
-def _snr(process: Process, t: Array) -> Array:
+def _snr(process: GaussianProcess, t: Array) -> Array:
     return jnp.exp(process.log_snr(t))
 
 
@@ -56,7 +56,7 @@ class Uniform(Weighting):
 
     prediction: Prediction = Eps()
 
-    def __call__(self, process: Process, t: Array, density: Array) -> Array:
+    def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """1 / c_out(t)^2."""
         return 1 / self.prediction.coefficients(process, t)[1] ** 2
 
@@ -73,7 +73,7 @@ class TruncatedSNR(Weighting):
 
     floor: float = number(1.0)
 
-    def __call__(self, process: Process, t: Array, density: Array) -> Array:
+    def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """max(SNR, floor)."""
         return jnp.maximum(_snr(process, t), self.floor)
 
@@ -90,7 +90,7 @@ class MinSNR(Weighting):
 
     gamma: float = number(5.0)
 
-    def __call__(self, process: Process, t: Array, density: Array) -> Array:
+    def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """min(SNR, gamma)."""
         return jnp.minimum(_snr(process, t), self.gamma)
 
@@ -109,13 +109,13 @@ class P2(Weighting):
     k: float = number(1.0)
     gamma: float = number(1.0)
 
-    def __call__(self, process: Process, t: Array, density: Array) -> Array:
+    def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """SNR / (k + SNR)^gamma."""
         snr = _snr(process, t)
         return snr / (self.k + snr) ** self.gamma
 
 
-def _integral_weight(process: Process, t: Array, density: Array) -> Array:
+def _integral_weight(process: GaussianProcess, t: Array, density: Array) -> Array:
     """x0-weight of 1/2 int ||eps - eps_hat||^2 dlog_snr, estimated at t ~ density."""
     return -0.5 * derivative(process.log_snr, t) * _snr(process, t) / density
 
@@ -135,7 +135,7 @@ class Sigmoid(Weighting):
 
     bias: float = number(2.0)
 
-    def __call__(self, process: Process, t: Array, density: Array) -> Array:
+    def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """1/2 sigmoid(bias - log_snr) SNR |dlog_snr/dt| / p(t)."""
         weight = jax.nn.sigmoid(self.bias - process.log_snr(t))
         return weight * _integral_weight(process, t, density)
@@ -149,6 +149,6 @@ class ELBO(Weighting):
     Score-Based Diffusion Models", 2021, arXiv 2101.09258, theorem 1.
     """
 
-    def __call__(self, process: Process, t: Array, density: Array) -> Array:
+    def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """1/2 SNR |dlog_snr/dt| / p(t)."""
         return _integral_weight(process, t, density)

@@ -6,7 +6,7 @@ import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
-from jaxdiff._tree import check_key
+from jaxdiff._checks import check_key
 from jaxdiff.metrics._pair import feature_pair
 
 

@@ -11,9 +11,9 @@ from jaxdiff.networks._layers import attend as attend
 from jaxdiff.networks._layers import dropout as dropout
 from jaxdiff.networks._layers import timestep_embedding as timestep_embedding
 from jaxdiff.networks._mlp import MLP as MLP
-from jaxdiff.networks._taps import EditedNetwork as EditedNetwork
-from jaxdiff.networks._taps import Tap as Tap
-from jaxdiff.networks._taps import read_taps as read_taps
-from jaxdiff.networks._taps import tap_names as tap_names
 from jaxdiff.networks._unet import UNet as UNet
 from jaxdiff.networks._unet import num_params as num_params
+from jaxdiff.taps import EditedNetwork as EditedNetwork
+from jaxdiff.taps import Tap as Tap
+from jaxdiff.taps import read_taps as read_taps
+from jaxdiff.taps import tap_names as tap_names

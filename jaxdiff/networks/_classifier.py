@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff.networks._layers import dropout
-from jaxdiff.networks._taps import Tap
+from jaxdiff.taps import Tap
 
 
 class ConvClassifier(nnx.Module):

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff.networks._layers import NoiseEmbedding, attend, dropout, fold, zeros
-from jaxdiff.networks._taps import Tap
+from jaxdiff.taps import Tap
 
 DIT_SIZES = {
     "S": {"hidden": 384, "depth": 12, "num_heads": 6},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxdiff.networks._taps import Tap
+from jaxdiff.taps import Tap
 
 zeros = nnx.initializers.zeros_init()
 

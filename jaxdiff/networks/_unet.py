@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff.networks._layers import NoiseEmbedding, attend, dropout, fold, zeros
-from jaxdiff.networks._taps import Tap
+from jaxdiff.taps import Tap
 
 
 class GroupNorm(nnx.GroupNorm):

@@ -1,5 +1,6 @@
-"""Forward noising processes x_t = alpha(t) x0 + sigma(t) eps."""
+"""Forward noising processes; the Gaussian ones are x_t = alpha(t) x0 + sigma(t) eps."""
 
+from jaxdiff.processes._base import GaussianProcess as GaussianProcess
 from jaxdiff.processes._base import Process as Process
 from jaxdiff.processes._cosine import Cosine as Cosine
 from jaxdiff.processes._edm import EDM as EDM

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdiff._tree import number
-from jaxdiff.processes._base import Process
+from jaxdiff._checks import check_number
+from jaxdiff._tree import number, root
+from jaxdiff.processes._base import GaussianProcess
 
 
-class Cosine(Process):
+class Cosine(GaussianProcess):
     """alpha = cos(u) / cos(u_0), u = (pi/2) (t + offset) / (1 + offset), sigma^2 = 1 - alpha^2.
 
     t in [0, 1]. `offset=0` is alpha = cos(pi t / 2); `offset=0.008` is iDDPM's, whose
@@ -26,6 +27,9 @@ class Cosine(Process):
     t_min: float = number(1e-4)
     t_max: float = number(1.0 - 1e-4)
 
+    def __check_init__(self):
+        check_number("offset", self.offset, least=0.0)
+
     def _start(self) -> Array:
         return 0.5 * jnp.pi * self.offset / (1 + self.offset)
 
@@ -42,9 +46,9 @@ class Cosine(Process):
         start = self._start()
         gained = 0.5 * jnp.pi * t / (1 + self.offset)
         square = jnp.sin(gained) * jnp.sin(gained + 2 * start)
-        return jnp.sqrt(square) / jnp.cos(start)
+        return root(square) / jnp.cos(start)
 
-    def time(self, log_snr: Array) -> Array:
+    def unbounded_time(self, log_snr: Array) -> Array:
         """Inverse of `log_snr`: u = arccos(alpha cos u_0) with alpha^2 = sigmoid(log_snr)."""
         start = self._start()
         # sin^2 u = 1 - cos^2 u_0 sigmoid(log_snr), without cancellation when it is small.

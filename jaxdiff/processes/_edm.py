@@ -6,11 +6,12 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
-from jaxdiff.processes._base import Process
+from jaxdiff.processes._base import GaussianProcess
 
 
-class EDM(Process):
+class EDM(GaussianProcess):
     """alpha = 1, sigma = t: the time of this process is its noise level.
 
     Args:
@@ -27,6 +28,9 @@ class EDM(Process):
     t_min: float = number(0.002)
     t_max: float = number(80.0)
 
+    def __check_init__(self):
+        check_number("t_min", self.t_min, above=0.0)
+
     def alpha(self, t: Array) -> Array:
         """1."""
         return jnp.ones_like(t)
@@ -39,7 +43,7 @@ class EDM(Process):
         """-2 log t."""
         return -2 * jnp.log(t)
 
-    def time(self, log_snr: Array) -> Array:
+    def unbounded_time(self, log_snr: Array) -> Array:
         """Inverse of `log_snr`: exp(-log_snr / 2)."""
         return jnp.exp(-0.5 * log_snr)
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._tree import number
-from jaxdiff.processes._base import Process
+from jaxdiff.processes._base import GaussianProcess
 
 
-class RectifiedFlow(Process):
+class RectifiedFlow(GaussianProcess):
     """Straight paths: alpha = 1 - t, sigma = t, t in [0, 1] (data at 0, noise at 1).
 
     Reference:
@@ -32,6 +32,6 @@ class RectifiedFlow(Process):
         """2 log((1 - t) / t)."""
         return 2 * (jnp.log1p(-t) - jnp.log(t))
 
-    def time(self, log_snr: Array) -> Array:
+    def unbounded_time(self, log_snr: Array) -> Array:
         """Inverse of `log_snr`: sigmoid(-log_snr / 2)."""
         return jax.nn.sigmoid(-0.5 * log_snr)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdiff._tree import number
-from jaxdiff.processes._base import Process
+from jaxdiff._checks import check_number
+from jaxdiff._tree import number, root
+from jaxdiff.processes._base import GaussianProcess
 
 
 def _integrated_beta(beta_min: float, beta_max: float, t: Array) -> Array:
@@ -23,7 +24,7 @@ def _time_of_integrated_beta(beta_min: float, beta_max: float, integral: Array) 
     return 2 * integral / (beta_min + jnp.sqrt(beta_min**2 + 2 * slope * integral))
 
 
-class VP(Process):
+class VP(GaussianProcess):
     """Variance preserving: alpha = exp(-B/2), sigma^2 = 1 - exp(-B), B = int_0^t beta.
 
     beta(t) = beta_min + t (beta_max - beta_min): the continuous limit of DDPM's linear
@@ -39,25 +40,30 @@ class VP(Process):
     t_min: float = number(1e-5)
     t_max: float = number(1.0)
 
+    def __check_init__(self):
+        check_number("beta_min", self.beta_min, above=0.0)
+        if isinstance(self.beta_min, float):
+            check_number("beta_max", self.beta_max, above=self.beta_min)
+
     def alpha(self, t: Array) -> Array:
         """exp(-B/2)."""
         return jnp.exp(-0.5 * _integrated_beta(self.beta_min, self.beta_max, t))
 
     def sigma(self, t: Array) -> Array:
         """sqrt(1 - exp(-B))."""
-        return jnp.sqrt(-jnp.expm1(-_integrated_beta(self.beta_min, self.beta_max, t)))
+        return root(-jnp.expm1(-_integrated_beta(self.beta_min, self.beta_max, t)))
 
     def log_snr(self, t: Array) -> Array:
         """-log(exp(B) - 1)."""
         integral = _integrated_beta(self.beta_min, self.beta_max, t)
         return -integral - jnp.log(-jnp.expm1(-integral))
 
-    def time(self, log_snr: Array) -> Array:
+    def unbounded_time(self, log_snr: Array) -> Array:
         """Inverse of `log_snr`: B = softplus(-log_snr), then a quadratic in t."""
         return _time_of_integrated_beta(self.beta_min, self.beta_max, jax.nn.softplus(-log_snr))
 
 
-class SubVP(Process):
+class SubVP(GaussianProcess):
     """Sub-variance preserving: alpha = exp(-B/2), sigma = 1 - exp(-B), with VP's B.
 
     t in [0, 1].
@@ -72,6 +78,11 @@ class SubVP(Process):
     t_min: float = number(1e-3)
     t_max: float = number(1.0)
 
+    def __check_init__(self):
+        check_number("beta_min", self.beta_min, above=0.0)
+        if isinstance(self.beta_min, float):
+            check_number("beta_max", self.beta_max, above=self.beta_min)
+
     def alpha(self, t: Array) -> Array:
         """exp(-B/2)."""
         return jnp.exp(-0.5 * _integrated_beta(self.beta_min, self.beta_max, t))
@@ -85,7 +96,7 @@ class SubVP(Process):
         integral = _integrated_beta(self.beta_min, self.beta_max, t)
         return -integral - 2 * jnp.log(-jnp.expm1(-integral))
 
-    def time(self, log_snr: Array) -> Array:
+    def unbounded_time(self, log_snr: Array) -> Array:
         """Inverse of `log_snr`.
 
         alpha / sigma = 1 / (2 sinh(B/2)), hence B = 2 asinh(exp(-log_snr / 2) / 2).
@@ -94,7 +105,7 @@ class SubVP(Process):
         return _time_of_integrated_beta(self.beta_min, self.beta_max, integral)
 
 
-class VE(Process):
+class VE(GaussianProcess):
     """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
 
     t in [0, 1]; at t = 0 a noise of sigma_min remains.
@@ -109,6 +120,11 @@ class VE(Process):
     t_min: float = number(0.0)
     t_max: float = number(1.0)
 
+    def __check_init__(self):
+        check_number("sigma_min", self.sigma_min, above=0.0)
+        if isinstance(self.sigma_min, float):
+            check_number("sigma_max", self.sigma_max, above=self.sigma_min)
+
     def alpha(self, t: Array) -> Array:
         """1."""
         return jnp.ones_like(t)
@@ -121,7 +137,7 @@ class VE(Process):
         """-2 log sigma."""
         return -2 * (jnp.log(self.sigma_min) + t * jnp.log(self.sigma_max / self.sigma_min))
 
-    def time(self, log_snr: Array) -> Array:
+    def unbounded_time(self, log_snr: Array) -> Array:
         """Inverse of `log_snr`: linear."""
         log_sigma = -0.5 * log_snr
         return (log_sigma - jnp.log(self.sigma_min)) / jnp.log(self.sigma_max / self.sigma_min)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from jaxdiff.processes._base import Process
+from jaxdiff._tree import root
+from jaxdiff.processes._base import GaussianProcess
 
 
-class Tabulated(Process):
+class Tabulated(GaussianProcess):
     """The process of a discrete schedule, continuous in between.
 
     The table's entry i (of T) sits at t = (i + 1) / T, and t = 0 is clean data. Between
@@ -72,14 +73,14 @@ class Tabulated(Process):
 
     def sigma(self, t: Array) -> Array:
         """sqrt(1 - alpha^2)."""
-        return jnp.sqrt(-jnp.expm1(self._log_alpha_squared(t)))
+        return root(-jnp.expm1(self._log_alpha_squared(t)))
 
     def log_snr(self, t: Array) -> Array:
         """log(alpha^2 / (1 - alpha^2))."""
         log_alpha_squared = self._log_alpha_squared(t)
         return log_alpha_squared - jnp.log(-jnp.expm1(log_alpha_squared))
 
-    def time(self, log_snr: Array) -> Array:
+    def unbounded_time(self, log_snr: Array) -> Array:
         """Inverse of `log_snr`: log alpha^2 = -softplus(-log_snr), then the inverse table."""
         log_snr = jnp.asarray(log_snr)
         times, table = self._nodes(log_snr)

@@ -6,11 +6,12 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
-from jaxdiff.processes._base import Process
+from jaxdiff.processes._base import GaussianProcess
 
 
-class TrigFlow(Process):
+class TrigFlow(GaussianProcess):
     """alpha = cos t, sigma = sigma_data sin t: the time of this process is an angle, [0, pi/2].
 
     Args:
@@ -28,6 +29,9 @@ class TrigFlow(Process):
     t_min: float = number(1e-4)
     t_max: float = number(math.pi / 2 - 1e-4)
 
+    def __check_init__(self):
+        check_number("sigma_data", self.sigma_data, above=0.0)
+
     def alpha(self, t: Array) -> Array:
         """cos t."""
         return jnp.cos(t)
@@ -40,6 +44,6 @@ class TrigFlow(Process):
         """-2 log(sigma_data tan t)."""
         return -2 * (jnp.log(self.sigma_data) + jnp.log(jnp.tan(t)))
 
-    def time(self, log_snr: Array) -> Array:
+    def unbounded_time(self, log_snr: Array) -> Array:
         """Inverse of `log_snr`: arctan(exp(-log_snr / 2) / sigma_data)."""
         return jnp.arctan(jnp.exp(-0.5 * log_snr) / self.sigma_data)

@@ -12,8 +12,10 @@ from jaxdiff.solvers._ancestral_noise import AncestralNoise as AncestralNoise
 from jaxdiff.solvers._auto_diffusion import optimise_times as optimise_times
 from jaxdiff.solvers._auto_diffusion import search_times as search_times
 from jaxdiff.solvers._base import DiffusionSolver as DiffusionSolver
+from jaxdiff.solvers._base import ExplicitSolver as ExplicitSolver
+from jaxdiff.solvers._base import GaussianSolver as GaussianSolver
+from jaxdiff.solvers._base import Moved as Moved
 from jaxdiff.solvers._base import Problem as Problem
-from jaxdiff.solvers._base import Step as Step
 from jaxdiff.solvers._bdia import BDIA as BDIA
 from jaxdiff.solvers._ddim import DDIM as DDIM
 from jaxdiff.solvers._deis import DEIS as DEIS
@@ -27,6 +29,7 @@ from jaxdiff.solvers._edm_heun import EDMHeun as EDMHeun
 from jaxdiff.solvers._euler_maruyama import EulerMaruyama as EulerMaruyama
 from jaxdiff.solvers._evodiff import EVODiff as EVODiff
 from jaxdiff.solvers._fixed_point import FixedPointInversion as FixedPointInversion
+from jaxdiff.solvers._flow_map_steps import FlowMapSteps as FlowMapSteps
 from jaxdiff.solvers._grids import Schedule as Schedule
 from jaxdiff.solvers._grids import cosine_times as cosine_times
 from jaxdiff.solvers._grids import interpolate_times as interpolate_times
@@ -37,6 +40,7 @@ from jaxdiff.solvers._grids import quadratic_times as quadratic_times
 from jaxdiff.solvers._grids import shifted_times as shifted_times
 from jaxdiff.solvers._grids import uniform_times as uniform_times
 from jaxdiff.solvers._pndm import PNDM as PNDM
+from jaxdiff.solvers._population import PopulationSolver as PopulationSolver
 from jaxdiff.solvers._predictor_corrector import PredictorCorrector as PredictorCorrector
 from jaxdiff.solvers._reflected import Reflected as Reflected
 from jaxdiff.solvers._reflected import reflect as reflect
@@ -52,6 +56,9 @@ from jaxdiff.solvers._stock import ReverseSDE as ReverseSDE
 from jaxdiff.solvers._table_times import discrete_times as discrete_times
 from jaxdiff.solvers._table_times import table_times as table_times
 from jaxdiff.solvers._time_sharing import SharedTimes as SharedTimes
+from jaxdiff.solvers._times import bounded_start as bounded_start
 from jaxdiff.solvers._times import check_times as check_times
 from jaxdiff.solvers._times import resolve_times as resolve_times
 from jaxdiff.solvers._unipc import UniPC as UniPC
+from jaxdiff.solvers._wrapper import SolverWrapper as SolverWrapper
+from jaxdiff.stepwise import Step as Step

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import batched, check_key, jit
+from jaxdiff._checks import check_key
+from jaxdiff._tree import batched, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.solvers._grids import Schedule, log_snr_times, monotone
 from jaxdiff.solvers._times import check_times, clip_times

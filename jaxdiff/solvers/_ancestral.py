@@ -1,36 +1,28 @@
 """Ancestral sampling."""
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
-from jaxdiff.denoiser import LearnedVarianceDenoiser
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
-from jaxdiff.solvers._ddim import posterior_std
+from jaxdiff.denoiser import Estimate
+from jaxdiff.solvers._base import GaussianSolver, Problem
+from jaxdiff.stepwise import Step
 
 
-def ancestral_step(
-    problem: Problem,
-    x: Array,
-    t: Array,
-    s: Array,
-    x0: Array,
-    variance: Array | float,
-    key: PRNGKeyArray,
-) -> Array:
-    """One draw of p(x_s | x_t) around x0, `variance` as in `Ancestral`, scalar or `(*event)`."""
-    process = problem.process
-    alpha, sigma = process.alpha(s), process.sigma(s)
-    decay = process.alpha(t) * sigma / (alpha * process.sigma(t))
-    mean = alpha * x0 + sigma * decay * problem.eps(x, t, x0)
-    # The interpolated std is posterior_std (sigma_t / sigma_s)^v, which is 0 at sigma_s = 0.
+def ancestral_kernel(
+    problem: Problem, step: Step, estimate: Estimate, variance: Array | float
+) -> tuple[Array, Array]:
+    """Mean and standard deviation of p(x_s | x_t), `variance` as in `Ancestral`."""
+    process, t, s = problem.process, step.t, step.s
+    mean, std = process.posterior(estimate.x0, estimate.eps, t, s)
+    # The interpolated std is that of the posterior times (sigma_t / sigma_s)^v; 0 at sigma_s = 0.
+    sigma = process.sigma(s)
     ratio = process.sigma(t) / jnp.where(sigma > 0, sigma, 1.0)
-    std = posterior_std(problem, t, s) * ratio**variance
-    return mean + std * jax.random.normal(key, x.shape, x.dtype)
+    return mean, std * ratio**variance
 
 
-class Ancestral(DiffusionSolver):
+class Ancestral(GaussianSolver):
     """DDPM's sampler: one draw of q(x_s | x_t, x0_hat) a step, weak order one.
 
     x_s = alpha_s x0_hat + sigma_s e^-h eps_hat + std n with
@@ -49,22 +41,26 @@ class Ancestral(DiffusionSolver):
 
     variance: float = number(0.0)
 
+    def __check_init__(self):
+        check_number("variance", self.variance)
+
     @property
     def stochastic(self) -> bool:
         """True."""
         return True
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
-        """See `DiffusionSolver`."""
-        t, s = step.t, step.s
-        x0 = problem.x0(x, t)
-        return ancestral_step(problem, x, t, s, x0, self.variance, step.key), step.memory, 1
+    def transition(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, Array]:
+        """See `GaussianSolver`."""
+        return ancestral_kernel(problem, step, estimate, self.variance)
 
 
-class LearnedAncestral(DiffusionSolver):
+class LearnedAncestral(GaussianSolver):
     """`Ancestral` with the interpolation the network predicts, element by element.
 
-    The denoiser must be a `LearnedVarianceDenoiser`; its v is clipped to [0, 1].
+    The denoiser must estimate a variance: a `LearnedVarianceDenoiser`, or guidance and other maps
+    of one. v is clipped to [0, 1].
 
     Reference: Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021,
     arXiv 2102.09672, section 3.1.
@@ -75,14 +71,18 @@ class LearnedAncestral(DiffusionSolver):
         """True."""
         return True
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
-        """See `DiffusionSolver`."""
-        t, s = step.t, step.s
-        if not isinstance(problem.denoiser, LearnedVarianceDenoiser):
+    def transition(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, Array]:
+        """See `GaussianSolver`.
+
+        Raises:
+            TypeError: if no variance is estimated.
+        """
+        if estimate.variance is None:
             raise TypeError(
-                "`LearnedAncestral` needs a LearnedVarianceDenoiser, got "
-                f"{type(problem.denoiser).__name__}. Use Ancestral for other denoisers."
+                "`LearnedAncestral` needs a LearnedVarianceDenoiser, or maps of one that keep its "
+                f"variance, got {type(problem.denoiser).__name__}, which estimates none. Use "
+                "Ancestral for other denoisers."
             )
-        x0, variance = problem.denoiser.with_variance(x, t, problem.cond)
-        variance = jnp.clip(variance, 0.0, 1.0)
-        return ancestral_step(problem, x, t, s, x0, variance, step.key), step.memory, 1
+        return ancestral_kernel(problem, step, estimate, jnp.clip(estimate.variance, 0.0, 1.0))

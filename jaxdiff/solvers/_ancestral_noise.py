@@ -1,18 +1,22 @@
 """Ancestral noise around any single-step solver."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number, root
 from jaxdiff.predictions import X0
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step, check_memoryless
+from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._dpm_solver import DPMSolver
+from jaxdiff.solvers._wrapper import SolverWrapper, WrapperPlan
+from jaxdiff.stepwise import Step
 
 
-class AncestralNoise(DiffusionSolver):
+class AncestralNoise(SolverWrapper):
     """Each step of another solver goes further down, and noise makes up for it.
 
     With noise levels k = sigma / alpha, the base goes from k_t to k_down and noise k_up is added,
@@ -41,28 +45,41 @@ class AncestralNoise(DiffusionSolver):
     base: DiffusionSolver = DPMSolver(2, X0())
     eta: float = number(1.0)
 
+    inserts_steps: ClassVar[bool] = True
+
+    def __check_init__(self):
+        check_number("eta", self.eta, least=0.0)
+
     @property
     def stochastic(self) -> bool:
         """True."""
         return True
 
-    def init_memory(self, problem: Problem, x: Array) -> PyTree:
-        """The base's, which must be empty."""
-        problem = dataclasses.replace(problem, plan=self.base.plan(problem))
-        return check_memoryless(self.base, self.base.init_memory(problem, x))
-
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
-        """See `DiffusionSolver`."""
-        process, s = problem.process, step.s
-        alpha = process.alpha(s)
-        k, target = process.sigma(step.t) / process.alpha(step.t), process.sigma(s) / alpha
+    def own_plan(self, problem: Problem) -> tuple[Array, Array]:
+        """Where the base's steps end, and the noise that makes up for it."""
+        process = problem.process
+        levels = process.sigma(problem.times) / process.alpha(problem.times)
+        k, target = levels[:-1], levels[1:]
         up = jnp.minimum(target, self.eta * target * jnp.sqrt(1 - (target / k) ** 2))
         down = root(target**2 - up**2)
-        below = process.time(-2 * jnp.log(jnp.where(down > 0, down, 1.0)))
-        below = jnp.where(down > 0, below, 0.0)
-        inner = dataclasses.replace(problem, times=jnp.stack([step.t, below]))
-        plan = jax.tree.map(lambda rows: rows[0], self.base.plan(inner))
+        below = process.unbounded_time(-2 * jnp.log(jnp.where(down > 0, down, 1.0)))
+        return jnp.where(down > 0, below, 0.0), up
+
+    def plan(self, problem: Problem) -> WrapperPlan:
+        """See `DiffusionSolver`; the base's steps are planned one by one."""
+        below, up = self.own_plan(problem)
+
+        def one(t, s):
+            inner = dataclasses.replace(problem, times=jnp.stack([t, s]))
+            return jax.tree.map(lambda rows: rows[0], self.base.plan(inner))
+
+        return WrapperPlan(jax.vmap(one)(problem.times[:-1], below), (below, up))
+
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
+        """See `DiffusionSolver`."""
+        process, (below, up) = problem.process, step.plan.own
         base_key, key = jax.random.split(step.key)
-        y, memory, nfe = self.base.update(inner, x, Step(step.t, below, base_key, plan, None))
-        y = y / process.alpha(below) + up * jax.random.normal(key, x.shape, x.dtype)
-        return (alpha * y).astype(x.dtype), memory, nfe
+        inner = dataclasses.replace(problem, times=jnp.stack([step.t, below]))
+        moved = self.move_base(inner, x, dataclasses.replace(step, s=below, key=base_key))
+        y = moved.x / process.alpha(below) + up * jax.random.normal(key, x.shape, x.dtype)
+        return moved._replace(x=process.alpha(step.s) * y)

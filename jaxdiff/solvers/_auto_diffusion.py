@@ -8,7 +8,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
-from jaxdiff._tree import batched, check_key, jit
+from jaxdiff._checks import check_key
+from jaxdiff._tree import batched, jit
 from jaxdiff.solvers._grids import Schedule, monotone
 from jaxdiff.solvers._times import check_monotone
 

@@ -1,37 +1,46 @@
 """What every diffusion solver shares: the problem it reads, its clock, and its grid.
 
-A solver of this library is a diffrax solver that reads everything from `args`, a `Problem`,
-and not from the terms, because diffrax wraps those. It integrates in an increasing clock: -t
-when sampling, t when inverting, so that diffrax never negates time. What is left to a method
-is one update rule, "from t to s".
+A solver of this library is a diffrax solver of a whole batch that reads everything from `args`, a
+`Problem`, and not from the terms, because diffrax wraps those. Its clock counts the steps of the
+grid, so that it increases in either direction, and examples may have grids of their own. What is
+left to a method is one update rule of one example, "from t to s".
+
+Because the loop is outside and the batch inside, a derivative with respect to weights is summed
+over the batch at every step, and never held for each example.
 """
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff.denoiser import Denoiser
-from jaxdiff.processes import Process
+from jaxdiff._tree import is_known
+from jaxdiff.denoiser import Denoiser, Estimate, check_denoiser
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.stepwise import Step, at_step, check_remembered, init_notes, noted
 
 
 class Problem(eqx.Module):
-    """One example's integration: its denoiser, condition, randomness and grid.
+    """One example's integration: its denoiser, condition, randomness and grid; or a batch of them.
 
     Attributes:
-        denoiser: the denoiser.
+        denoiser: the denoiser, or a flow map for solvers of those.
         cond: its condition, for one example.
         key: the example's own key, or None where nothing is random.
-        times: the whole grid, `(num_steps + 1,)`; a method with an end rule compares with it.
+        times: the whole grid, `(num_steps + 1,)`; a method with an end rule compares with it. Of a
+            batch, one for all or one for each.
         direction: -1 from noise to data, +1 from data to noise.
         plan: what the solver's `plan` made of the grid.
+        first_step: number of the grid's first step in the run that it is a piece of; its keys are
+            counted from there.
+        shared: of a batch of populations, the key of each example's population; or None.
     """
 
     denoiser: Denoiser
@@ -40,16 +49,66 @@ class Problem(eqx.Module):
     times: Array
     direction: int = eqx.field(static=True)
     plan: PyTree = None
+    first_step: Array | int = 0
+    shared: PRNGKeyArray | None = None
 
     @property
-    def process(self) -> Process:
+    def process(self) -> GaussianProcess:
         """The denoiser's process."""
         return self.denoiser.process
 
     @property
     def num_steps(self) -> int:
         """Number of steps of the grid."""
-        return self.times.shape[0] - 1
+        return self.times.shape[-1] - 1
+
+    @property
+    def cost(self) -> Array | int:
+        """Network evaluations that one estimate costs."""
+        return self.denoiser.evaluations
+
+    @property
+    def axes(self) -> "Problem":
+        """Which parts of a batch's problem belong to the examples, for `jax.vmap`."""
+        own = 0 if self.times.ndim == 2 else None
+        return Problem(None, 0, 0, own, self.direction, own, None, None)
+
+    def step(self, index: Array, memory: PyTree = None, notes: PyTree = None) -> Step:
+        """Step number `index` of a batch: its times, keys and coefficients.
+
+        Args:
+            index: number of the step on the grid.
+            memory: what the step before left, with a leading axis of examples.
+            notes: what it left for maps inside the denoiser, likewise.
+        """
+
+        def draw(keys):
+            fold = jax.vmap(jax.random.fold_in, (0, None))
+            return None if keys is None else fold(keys, self.first_step + index)
+
+        def row(rows):
+            return jax.lax.dynamic_index_in_dim(rows, index, self.times.ndim - 1, keepdims=False)
+
+        t, s, plan = jax.tree.map(row, (self.times[..., :-1], self.times[..., 1:], self.plan))
+        return Step(t, s, draw(self.key), plan, memory, index, notes or {}, draw(self.shared))
+
+    def estimate(self, x: Array, t: Array) -> Estimate:
+        """The denoiser's estimate at (x, t): one evaluation."""
+        found = self.denoiser.estimate(x, t, self.cond)
+        check_remembered(self.denoiser, noted(self.denoiser), found.notes, "the solver")
+        return found
+
+    def settle(self, x: Array, t: Array, estimate: Estimate) -> tuple[Array, Estimate]:
+        """The state that an estimate speaks of, and the estimate with its noise.
+
+        Where x0 alone is estimated, the noise is the one it implies, and the state x. Where the
+        estimate has another noise, the state is the one that both make, alpha x0 + sigma eps.
+        """
+        if estimate.eps is None:
+            return x, estimate.replace(eps=self.eps(x, t, estimate.x0))
+        process = self.process
+        settled = process.alpha(t) * estimate.x0 + process.sigma(t) * estimate.eps
+        return settled.astype(x.dtype), estimate
 
     def x0(self, x: Array, t: Array) -> Array:
         """The denoiser's E[x0 | x_t = x]: one network evaluation."""
@@ -60,44 +119,55 @@ class Problem(eqx.Module):
         return (x - self.process.alpha(t) * x0) / self.process.sigma(t)
 
 
-class Step(eqx.Module):
-    """One step of one example, from time t to time s.
+class Moved(NamedTuple):
+    """What a step returns.
 
     Attributes:
-        t: current time.
-        s: target time.
-        key: this step's own key; None where the problem has none.
-        plan: this step's row of the solver's `plan`.
-        memory: what the previous step left.
+        x: the state at `step.s`.
+        memory: what the solver's next step finds.
+        nfe: network evaluations spent, in multiples of `problem.cost`.
+        notes: those of the step's first estimate.
     """
 
-    t: Array
-    s: Array
-    key: PRNGKeyArray | None
-    plan: PyTree
+    x: Array
     memory: PyTree
+    nfe: Array | int
+    notes: dict[int, PyTree] = {}
 
 
 class SolverState(eqx.Module):
-    """Steps taken, network evaluations spent, and whatever else a method remembers."""
+    """Of a batch: steps taken, network evaluations spent, and whatever else is remembered.
 
-    step: Array
+    Attributes:
+        index: number of the next step.
+        nfe: network evaluations of each example.
+        memory: the solver's.
+        notes: those of `Stepwise` maps inside the denoiser.
+    """
+
+    index: Array
     nfe: Array
     memory: PyTree
+    notes: dict[int, PyTree]
 
 
 class DiffusionSolver(diffrax.AbstractSolver):
     """Base of the solvers that know they integrate a denoiser.
 
     A method defines `update`; methods with a history define `init_memory` as well, and methods
-    with coefficients `plan`, which computes them for the whole grid before the first step.
+    with coefficients `plan`, which computes them for the whole grid before the first step. Most
+    start from an estimate at the current state: those are an `ExplicitSolver`.
     """
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
+    # What is integrated.
+    model: ClassVar[type] = Denoiser
+    # Whether examples see each other, as in a population.
+    couples: ClassVar[bool] = False
 
     @abstractmethod
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """One step of one example.
 
         Args:
@@ -106,14 +176,20 @@ class DiffusionSolver(diffrax.AbstractSolver):
             step: times, key, coefficients and memory.
 
         Returns:
-            The state at `step.s`, the memory for the next step, and the number of network
-            evaluations spent.
+            The state at `step.s`, the memory for the next step, the network evaluations spent
+            (`problem.cost` for each estimate), and the notes of the first estimate; a `Moved`, or
+            a tuple of these.
         """
 
     @property
     @abstractmethod
     def stochastic(self) -> bool:
         """Whether a step draws noise."""
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a step depends on earlier ones by more than its state."""
+        return type(self).init_memory is not DiffusionSolver.init_memory
 
     def plan(self, problem: Problem) -> PyTree:
         """Coefficients that depend on the grid alone: arrays with one row per step, or None.
@@ -122,14 +198,16 @@ class DiffusionSolver(diffrax.AbstractSolver):
             ValueError: if the method cannot use the grid.
         """
         del problem
-        return None
 
     def init_memory(self, problem: Problem, x: Array) -> PyTree:
         """What the first step finds in `memory`."""
         del problem, x
-        return None
 
-    def check_start(self, process: Process, times: Array, memory: PyTree) -> None:
+    def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
+        """The grid of a number of steps: the one customary for the process."""
+        return process.times(num_steps, t_end)
+
+    def check_start(self, process: GaussianProcess, times: Array, memory: PyTree) -> None:
         """Reject a start that the method cannot make, where the numbers are known.
 
         Args:
@@ -143,35 +221,129 @@ class DiffusionSolver(diffrax.AbstractSolver):
         del memory
         check_noisy_start(type(self), process, times)
 
+    def take(self, problem: Problem, x: Array, step: Step) -> Moved:
+        """A step of its own: maps inside the denoiser are told of it."""
+        known = dataclasses.replace(problem, denoiser=at_step(problem.denoiser, step))
+        return self.take_within(known, x, step)
+
+    def take_within(self, problem: Problem, x: Array, step: Step) -> Moved:
+        """A step inside another one, whose maps know that one already."""
+        moved = Moved(*self.update(problem, x, step))
+        check_remembered(problem.denoiser, step.notes, moved.notes, type(self).__name__)
+        nfe, notes = jnp.asarray(moved.nfe, jnp.int32), {**step.notes, **moved.notes}
+        return Moved(moved.x.astype(x.dtype), moved.memory, nfe, notes)
+
     def error_order(self, terms: Any) -> float:
         """See diffrax; adaptive step sizes are not offered, so nothing depends on it."""
         del terms
         return 1.0
 
+    def take_batch(self, problem: Problem, x: Array, step: Step) -> Moved:
+        """`take` of every example of a batch by itself."""
+        return jax.vmap(self.take, (problem.axes, 0, step.axes))(problem, x, step)
+
     def init(self, terms, t0, t1, y0, args) -> SolverState:
-        """See diffrax."""
+        """See diffrax; of a batch."""
         del terms, t0, t1
-        zero = jnp.zeros((), jnp.int32)
-        return SolverState(zero, zero, self.init_memory(args, y0))
+
+        def one(problem, x):
+            return self.init_memory(problem, x), init_notes(problem.denoiser, x)
+
+        memory, notes = jax.vmap(one, (args.axes, 0))(args, y0)
+        nfe = jnp.zeros(y0.shape[0], jnp.int32)
+        return SolverState(jnp.zeros((), jnp.int32), nfe, memory, notes)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        """See diffrax."""
-        del terms, made_jump
-        index = solver_state.step
-        step = Step(
-            args.direction * t0,
-            args.direction * t1,
-            None if args.key is None else jax.random.fold_in(args.key, index),
-            jax.tree.map(lambda rows: rows[index], args.plan),
-            solver_state.memory,
-        )
-        y1, memory, nfe = self.update(args, y0, step)
-        state = SolverState(index + 1, solver_state.nfe + nfe, memory)
-        return y1, None, dict(y0=y0, y1=y1), state, diffrax.RESULTS.successful
+        """See diffrax; of a batch."""
+        del terms, t0, t1, made_jump
+        step = args.step(solver_state.index, solver_state.memory, solver_state.notes)
+        moved = self.take_batch(args, y0, step)
+        nfe = solver_state.nfe + moved.nfe
+        state = SolverState(step.index + 1, nfe, moved.memory, moved.notes)
+        return moved.x, None, dict(y0=y0, y1=moved.x), state, diffrax.RESULTS.successful
 
     def func(self, terms, t0, y0, args):
         """See diffrax."""
         return terms.vf(t0, y0, args)
+
+
+class ExplicitSolver(DiffusionSolver):
+    """Base of the solvers whose step starts from the estimate at the current state.
+
+    A method defines `move`. What looks at x0_hat before it steps, and changes it perhaps, calls
+    `problem.estimate` and `advance` itself, and spends no second evaluation.
+    """
+
+    @abstractmethod
+    def move(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, PyTree, Array | int]:
+        """One step of one example, from its settled estimate at the start.
+
+        Args:
+            problem: denoiser, condition and grid.
+            x: the state at `step.t`, alpha x0 + sigma eps, `(*event)`.
+            step: times, key, coefficients and memory.
+            estimate: x0 and eps at (x, step.t), both `(*event)`.
+
+        Returns:
+            The state at `step.s`, the memory for the next step, and the network evaluations spent
+            beyond the one that made the estimate.
+        """
+
+    def correct(self, x: Array, step: Step, estimate: Estimate) -> Array:
+        """The state that the step before should have reached, now that the estimate at x is known.
+
+        For methods whose corrector spends no evaluation; arguments as of `move`, with the x before.
+        """
+        del step, estimate
+        return x
+
+    def advance(self, problem: Problem, x: Array, step: Step, estimate: Estimate) -> Moved:
+        """One step of one example, from any estimate at (x, step.t).
+
+        An estimate with x0 alone is followed as if the denoiser had made it, with the noise that
+        x0 implies. One with a noise as well goes on with both: see `Problem.settle`.
+        """
+        settled, estimate = problem.settle(x, step.t, estimate)
+        corrected = self.correct(x, step, estimate)
+        start = corrected if settled is x else settled + (corrected - x)
+        x, memory, nfe = self.move(problem, start.astype(x.dtype), step, estimate)
+        return Moved(x, memory, problem.cost + nfe, estimate.notes)
+
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
+        """See `DiffusionSolver`."""
+        return self.advance(problem, x, step, problem.estimate(x, step.t))
+
+
+class GaussianSolver(ExplicitSolver):
+    """Base of the solvers that draw each step from a Gaussian transition kernel.
+
+    A method defines `transition`: the mean and the standard deviation of p(x_s | x_t).
+    """
+
+    @abstractmethod
+    def transition(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, Array]:
+        """The kernel p(x_s | x_t) of one step.
+
+        Arguments as of `move`, and so settled before:
+
+            x, estimate = problem.settle(x, step.t, problem.estimate(x, step.t))
+
+        Returns:
+            Its mean `(*event)`, and its standard deviation, a scalar or `(*event)`.
+        """
+
+    def move(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, PyTree, int]:
+        """See `ExplicitSolver`: one draw of the kernel, or its mean if nothing is drawn."""
+        mean, std = self.transition(problem, x, step, estimate)
+        if not self.stochastic:
+            return mean, step.memory, 0
+        return mean + std * jax.random.normal(step.key, x.shape, x.dtype), step.memory, 0
 
 
 def combine(weights: Sequence[Array], terms: Sequence[Array]) -> Array:
@@ -182,21 +354,21 @@ def combine(weights: Sequence[Array], terms: Sequence[Array]) -> Array:
     return total
 
 
-def is_silent(process: Process, t: np.ndarray) -> bool:
+def is_silent(process: GaussianProcess, t: np.ndarray) -> bool:
     """Whether sigma(t) = 0 is known, inside jit too."""
     with jax.ensure_compile_time_eval():
         silent = process.sigma(t) == 0
     # The process itself may be traced.
-    return not isinstance(silent, jax.core.Tracer) and bool(silent)
+    return is_known(silent) and bool(silent)
 
 
-def check_noisy_start(solver: type, process: Process, times: Array) -> None:
+def check_noisy_start(solver: type, process: GaussianProcess, times: Array) -> None:
     """Reject grids that start at sigma = 0, where eps_hat is 0 / 0.
 
     Raises:
         ValueError: if a grid does.
     """
-    if isinstance(times, jax.core.Tracer):
+    if not is_known(times):
         return
     start = np.asarray(times)[..., 0].min()
     if is_silent(process, start):
@@ -207,18 +379,20 @@ def check_noisy_start(solver: type, process: Process, times: Array) -> None:
         )
 
 
-def check_memoryless(base: DiffusionSolver, memory: PyTree) -> PyTree:
-    """The memory of a solver that another one wraps, if there is nothing in it.
+def check_model(solver: Any, model: Any) -> None:
+    """Reject a model of another kind than the solver integrates.
 
     Raises:
-        ValueError: if there is: steps are inserted or cut, of which it would know nothing.
+        TypeError: naming both, and what to use.
     """
-    if jax.tree.leaves(memory):
-        raise ValueError(
-            f"`base` must be a solver of single steps, got {type(base).__name__}, which remembers "
-            "earlier ones. Use e.g. DPMSolver() or EDMHeun()."
+    wanted = getattr(solver, "model", Denoiser)
+    if wanted is Denoiser:
+        check_denoiser(model)
+    elif not isinstance(model, wanted):
+        raise TypeError(
+            f"`solver` {type(solver).__name__} steps by a map between two times, a "
+            f"{wanted.__name__}, got {type(model).__name__}. Use e.g. DDIM() for a denoiser."
         )
-    return memory
 
 
 class GridSteps(diffrax.AbstractStepSizeController):

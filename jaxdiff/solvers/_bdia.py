@@ -1,15 +1,15 @@
 """BDIA."""
 
 import equinox as eqx
-import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff._tree import number
-from jaxdiff.processes import Process
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step, check_noisy_start
+from jaxdiff._checks import check_number
+from jaxdiff._tree import is_known, number
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem, check_noisy_start
+from jaxdiff.stepwise import Step
 
 
 class Neighbour(eqx.Module):
@@ -59,11 +59,8 @@ class BDIA(DiffusionSolver):
     gamma: float = number(1.0)
 
     def __check_init__(self):
-        if isinstance(self.gamma, float) and not 0 < self.gamma <= 1:
-            raise ValueError(
-                f"`gamma` must be in (0, 1], got {self.gamma}. Take 1.0 to invert, or DDIM() for "
-                "gamma = 0, which has no exact inverse."
-            )
+        remedy = "Take 1.0 to invert, or DDIM() for gamma = 0, which has no exact inverse."
+        check_number("gamma", self.gamma, above=0.0, most=1.0, instead=remedy)
 
     @property
     def stochastic(self) -> bool:
@@ -74,7 +71,7 @@ class BDIA(DiffusionSolver):
         """The start itself, for which the bracket vanishes and the step is DDIM's."""
         return Neighbour(x, problem.times[0])
 
-    def check_start(self, process: Process, times: Array, memory: Neighbour | None) -> None:
+    def check_start(self, process: GaussianProcess, times: Array, memory: Neighbour | None) -> None:
         """See `DiffusionSolver`; a run that turns back needs the times it came by.
 
         Raises:
@@ -83,7 +80,7 @@ class BDIA(DiffusionSolver):
         """
         if memory is None:
             check_noisy_start(type(self), process, times)
-        elif not any(isinstance(t, jax.core.Tracer) for t in (times, memory.t)):
+        elif is_known(times) and is_known(memory.t):
             start, following = np.asarray(times)[..., 0], np.asarray(times)[..., 1]
             before = np.asarray(memory.t)
             ahead = (before - start) * (following - start) > 0
@@ -94,20 +91,20 @@ class BDIA(DiffusionSolver):
                     "the same grid, reversed."
                 )
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, Neighbour, int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
         process, before = problem.process, step.memory
         # A run that turns back finds the state it steps to in its memory. It may turn at
         # sigma = 0, where eps, though not used, would make gradients NaN.
         turning = before.t == step.s
         t = jnp.where(turning, jnp.maximum(step.t, step.s), step.t)
-        x0 = problem.x0(x, t)
-        eps = problem.eps(x, t, x0)
+        found = problem.settle(x, t, problem.estimate(x, t))[1]
 
         def ddim(s: Array) -> Array:
-            return process.alpha(s) * x0 + process.sigma(s) * eps
+            return process.alpha(s) * found.x0 + process.sigma(s) * found.eps
 
         gamma = self.gamma if problem.direction == -1 else 1 / self.gamma
         bracket = jnp.where(before.t == step.t, 0.0, before.x - ddim(before.t))
         following = (ddim(step.s) + gamma * bracket).astype(x.dtype)
-        return jnp.where(turning, before.x, following), Neighbour(x, step.t), 1
+        following = jnp.where(turning, before.x, following)
+        return Moved(following, Neighbour(x, step.t), problem.cost, found.notes)

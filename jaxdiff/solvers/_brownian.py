@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 
+def float_bits(t: Array) -> Array:
+    """A number as an integer that a key can be folded with."""
+    return jax.lax.bitcast_convert_type(jnp.asarray(t, jnp.float32), jnp.int32)
+
+
 class AdditiveNoise(diffrax.AbstractTerm):
     """c dW for a constant c."""
 
@@ -42,8 +47,8 @@ class GridNoise(diffrax.AbstractBrownianPath):
     is a function of its ends, so that a step that is computed again draws it again.
     """
 
-    key: PRNGKeyArray
-    shape: jax.ShapeDtypeStruct = eqx.field(static=True)
+    key: PRNGKeyArray  # one for each example, `(batch,)`
+    shape: jax.ShapeDtypeStruct = eqx.field(static=True)  # of one example
     levy_area: type = eqx.field(static=True)
 
     @property
@@ -59,17 +64,19 @@ class GridNoise(diffrax.AbstractBrownianPath):
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
         """See diffrax."""
         del left
-        key = self.key
-        for end in (t0, t1):
-            bits = jax.lax.bitcast_convert_type(jnp.asarray(end, jnp.float32), jnp.int32)
-            key = jax.random.fold_in(key, bits)
         # Variances of the increment, its space-time and its space-time-time Levy area.
         names = [f.name for f in dataclasses.fields(self.levy_area) if f.name != "dt"]
-        parts = {
-            name: jnp.sqrt((t1 - t0) / scale).astype(self.shape.dtype)
-            * jax.random.normal(part_key, self.shape.shape, self.shape.dtype)
-            for name, scale, part_key in zip(
-                names, (1, 12, 720), jax.random.split(key, len(names)), strict=False
-            )
-        }
+        scales = dict(zip(names, (1, 12, 720), strict=False))
+
+        def draw(key):
+            for end in (t0, t1):
+                key = jax.random.fold_in(key, float_bits(end))
+            keys = jax.random.split(key, len(names))
+            return {
+                name: jnp.sqrt((t1 - t0) / scales[name]).astype(self.shape.dtype)
+                * jax.random.normal(part_key, self.shape.shape, self.shape.dtype)
+                for name, part_key in zip(names, keys, strict=True)
+            }
+
+        parts = jax.vmap(draw)(self.key)
         return self.levy_area(dt=t1 - t0, **parts) if use_levy else parts["W"]

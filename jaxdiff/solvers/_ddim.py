@@ -1,25 +1,15 @@
 """DDIM."""
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from jaxdiff._tree import _as_float, root
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
-
-
-def posterior_std(problem: Problem, t: Array, s: Array) -> Array:
-    """Standard deviation of q(x_s | x_t, x0), s < t: DDPM's sqrt(beta-tilde).
-
-    sigma_s sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2).
-    """
-    process = problem.process
-    decay = process.alpha(t) * process.sigma(s) / (process.alpha(s) * process.sigma(t))
-    return process.sigma(s) * jnp.sqrt(1 - decay**2)
+from jaxdiff._checks import check_number
+from jaxdiff._tree import number, root
+from jaxdiff.denoiser import Estimate
+from jaxdiff.solvers._base import GaussianSolver, Problem
+from jaxdiff.stepwise import Step
 
 
-class DDIM(DiffusionSolver):
+class DDIM(GaussianSolver):
     """Denoising diffusion implicit model: first order, one evaluation a step.
 
     x_s = alpha_s x0_hat + sqrt(sigma_s^2 - c^2) eps_hat + c n,
@@ -33,23 +23,23 @@ class DDIM(DiffusionSolver):
     arXiv 2010.02502, equations 12 and 16.
     """
 
-    eta: float | None = eqx.field(default=None, converter=_as_float)
+    eta: float | None = number(None)
+
+    def __check_init__(self):
+        check_number("eta", self.eta, least=0.0)
 
     @property
     def stochastic(self) -> bool:
         """Whether `eta` is given."""
         return self.eta is not None
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
-        """See `DiffusionSolver`."""
-        t, s = step.t, step.s
-        alpha, sigma = problem.process.alpha(s), problem.process.sigma(s)
-        x0 = problem.x0(x, t)
-        eps = problem.eps(x, t, x0)
-        if self.eta is None:
-            return alpha * x0 + sigma * eps, step.memory, 1
-        std = self.eta * posterior_std(problem, t, s)
-        noise = jax.random.normal(step.key, x.shape, x.dtype)
+    def transition(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, Array]:
+        """See `GaussianSolver`."""
+        process, s = problem.process, step.s
+        sigma = process.sigma(s)
+        std = 0.0 if self.eta is None else self.eta * process.posterior_std(step.t, s)
         # The difference of squares may round below zero at eta = 1.
-        carried = root(sigma**2 - std**2)
-        return alpha * x0 + carried * eps + std * noise, step.memory, 1
+        carried = sigma if self.eta is None else root(sigma**2 - std**2)
+        return process.alpha(s) * estimate.x0 + carried * estimate.eps, std

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_cond, check_key, jit
+from jaxdiff._checks import check_cond, check_key
+from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.oracles import GaussianMixture
 

@@ -3,7 +3,8 @@
 import equinox as eqx
 from jaxtyping import Array
 
-from jaxdiff._tree import _as_float
+from jaxdiff._checks import check_number
+from jaxdiff._tree import number
 from jaxdiff.predictions import X0, Eps, Prediction
 from jaxdiff.solvers._base import Problem
 from jaxdiff.solvers._exponential import check_prediction, moments
@@ -61,11 +62,12 @@ class DPMSolverMultistep(Multistep):
     order: int = eqx.field(default=2, static=True)
     prediction: Prediction = X0()
     variant: str = eqx.field(default="midpoint", static=True)
-    eta: float | None = eqx.field(default=None, converter=_as_float)
+    eta: float | None = number(None)
     lower_order_final: bool | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         check_order(self.order, 3)
+        check_number("eta", self.eta, least=0.0)
         check_prediction(self.prediction)
         check_choice("variant", self.variant, ("midpoint", "heun", "corrected"))
 

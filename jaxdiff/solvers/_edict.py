@@ -4,10 +4,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
-from jaxdiff.processes import Process
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._fixed_point import transfer
+from jaxdiff.stepwise import Step
 
 
 class Coupled(eqx.Module):
@@ -59,11 +61,11 @@ class EDICT(DiffusionSolver):
     alternate: bool = eqx.field(default=True, static=True)
 
     def __check_init__(self):
-        if isinstance(self.p, float) and not 0 < self.p <= 1:
-            raise ValueError(
-                f"`p` must be in (0, 1], got {self.p}. Take the authors' 0.93: the mixing "
-                "multiplies x - y by p^2, and its inverse divides by it."
-            )
+        remedy = (
+            "Take the authors' 0.93: the mixing multiplies x - y by p^2, and its inverse divides "
+            "by it."
+        )
+        check_number("p", self.p, above=0.0, most=1.0, instead=remedy)
 
     @property
     def stochastic(self) -> bool:
@@ -76,32 +78,35 @@ class EDICT(DiffusionSolver):
         turned = self.alternate and inverting and problem.num_steps % 2 == 1
         return Coupled(x, jnp.asarray(turned))
 
-    def check_start(self, process: Process, times: Array, memory: PyTree) -> None:
+    def check_start(self, process: GaussianProcess, times: Array, memory: PyTree) -> None:
         """Anywhere: evaluations are at the noisier end of a step."""
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, Coupled, int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
         (x, y), turned = (x, step.memory.y), step.memory.turned
         if problem.direction == -1:
-            x, y = self._mix(*self._couple(problem, x, y, step, turned))
-            return x, Coupled(y, turned ^ self.alternate), 2
-        turned = turned ^ self.alternate
-        x, y = self._couple(problem, *self._unmix(x, y), step, ~turned)
-        return x, Coupled(y, turned), 2
+            x, y, notes = self._couple(problem, x, y, step, turned)
+            x, y = self._mix(x, y)
+            turned = turned ^ self.alternate
+        else:
+            turned = turned ^ self.alternate
+            x, y, notes = self._couple(problem, *self._unmix(x, y), step, ~turned)
+        return Moved(x, Coupled(y, turned), 2 * problem.cost, notes)
 
     def _couple(self, problem: Problem, x: Array, y: Array, step: Step, y_leads: Array):
         """Move one latent with the noise seen by the other, then the other with the first's."""
         # Either way the noise is that of the noisier time, the one sampling starts from.
         noisier = step.t if problem.direction == -1 else step.s
 
-        def move(z: Array, other: Array) -> Array:
-            eps = problem.eps(other, noisier, problem.x0(other, noisier))
-            return transfer(problem.process, z, eps, step.t, step.s).astype(z.dtype)
+        def move(z: Array, other: Array) -> tuple[Array, dict]:
+            found = problem.settle(other, noisier, problem.estimate(other, noisier))[1]
+            moved = transfer(problem.process, z, found.eps, step.t, step.s)
+            return moved.astype(z.dtype), found.notes
 
         first, second = jnp.where(y_leads, y, x), jnp.where(y_leads, x, y)
-        first = move(first, second)
-        second = move(second, first)
-        return jnp.where(y_leads, second, first), jnp.where(y_leads, first, second)
+        first, notes = move(first, second)
+        second, _ = move(second, first)
+        return jnp.where(y_leads, second, first), jnp.where(y_leads, first, second), notes
 
     def _mix(self, x: Array, y: Array) -> tuple[Array, Array]:
         x = self.p * x + (1 - self.p) * y

@@ -1,15 +1,21 @@
 """EDM's Heun sampler."""
 
-import equinox as eqx
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
-from jaxdiff._tree import _as_float, number, root
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
+from jaxdiff._checks import check_number
+from jaxdiff._tree import number, root
+from jaxdiff.denoiser import Estimate
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.solvers._base import ExplicitSolver, Moved, Problem
+from jaxdiff.solvers._times import bounded_start
+from jaxdiff.stepwise import Step
 
 
-class EDMHeun(DiffusionSolver):
+class EDMHeun(ExplicitSolver):
     """Second-order Heun in the noise level k = sigma / alpha, with optional churn.
 
     In y = x / alpha: raise the noise from k to k^ = k (1 + gamma), then with
@@ -28,40 +34,57 @@ class EDMHeun(DiffusionSolver):
     alpha = 1; k and y extend it to every process.
     """
 
-    s_churn: float | None = eqx.field(default=None, converter=_as_float)
+    s_churn: float | None = number(None)
     s_tmin: float = number(0.0)
     s_tmax: float = number(float("inf"))
     s_noise: float = number(1.0)
+
+    def __check_init__(self):
+        check_number("s_churn", self.s_churn, least=0.0)
+        check_number("s_noise", self.s_noise, least=0.0)
 
     @property
     def stochastic(self) -> bool:
         """Whether `s_churn` is given."""
         return self.s_churn is not None
 
-    def _churn(self, problem: Problem, y: Array, k: Array, t: Array, key: PRNGKeyArray):
+    def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
+        """See `DiffusionSolver`."""
+        return bounded_start(process, num_steps, t_end)
+
+    def _churn(self, problem: Problem, x: Array, step: Step) -> tuple[Array, Array]:
+        """The state with more noise, and its time."""
+        process, t = problem.process, step.t
+        k = process.sigma(t) / process.alpha(t)
         gamma = jnp.minimum(self.s_churn / problem.num_steps, jnp.sqrt(2.0) - 1)
         gamma = jnp.where((k >= self.s_tmin) & (k <= self.s_tmax), gamma, 0.0).astype(k.dtype)
-        raised = k * (1 + gamma)
         std = self.s_noise * k * root(gamma * (2 + gamma))
-        y = y + std * jax.random.normal(key, y.shape, y.dtype)
-        return y, raised, jnp.where(gamma > 0, problem.process.time(-2 * jnp.log(raised)), t)
+        y = x / process.alpha(t) + std * jax.random.normal(step.key, x.shape, x.dtype)
+        raised = process.unbounded_time(-2 * jnp.log(k * (1 + gamma)))
+        t = jnp.where(gamma > 0, raised, t)
+        return (process.alpha(t) * y).astype(x.dtype), t
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array]:
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
-        t, s = step.t, step.s
-        process = problem.process
+        if self.s_churn is not None:
+            x, t = self._churn(problem, x, step)
+            step = dataclasses.replace(step, t=t)
+        return super().update(problem, x, step)
+
+    def move(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, PyTree, Array]:
+        """See `ExplicitSolver`; the slope in y = x / alpha is eps."""
+        process, t, s = problem.process, step.t, step.s
         alpha = process.alpha(s)
         k, target = process.sigma(t) / process.alpha(t), process.sigma(s) / alpha
-        y = x / process.alpha(t)
-        if self.s_churn is not None:
-            y, k, t = self._churn(problem, y, k, t, step.key)
-
-        slope = (y - problem.x0(process.alpha(t) * y, t)) / k
+        y, slope = x / process.alpha(t), estimate.eps
         euler = y + (target - k) * slope
 
         def correct():
-            end_slope = (euler - problem.x0(alpha * euler, s)) / target
+            end = (alpha * euler).astype(x.dtype)
+            end_slope = problem.settle(end, s, problem.estimate(end, s))[1].eps
             return y + (target - k) * (slope + end_slope) / 2
 
         y = jax.lax.cond(target > 0, correct, lambda: euler)
-        return alpha * y, step.memory, jnp.where(target > 0, 2, 1)
+        return alpha * y, step.memory, jnp.where(target > 0, problem.cost, 0)

@@ -1,15 +1,17 @@
 """Euler-Maruyama on the reverse SDE in the process's own time."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
+from jaxdiff.denoiser import Estimate
+from jaxdiff.solvers._base import GaussianSolver, Problem
+from jaxdiff.stepwise import Step
 
 
-class EulerMaruyama(DiffusionSolver):
+class EulerMaruyama(GaussianSolver):
     """Euler-Maruyama for the reverse-SDE family with noise level eta: weak order 1.
 
     dx = [f x - (1 + eta^2) / 2 g^2 score] dt + eta g dw, run backwards in t. Every eta keeps the
@@ -30,19 +32,23 @@ class EulerMaruyama(DiffusionSolver):
     eta: float = number(1.0)
     last_noise: bool = eqx.field(default=False, static=True)
 
+    def __check_init__(self):
+        check_number("eta", self.eta, least=0.0)
+
     @property
     def stochastic(self) -> bool:
         """True."""
         return True
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
-        """See `DiffusionSolver`."""
+    def transition(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, Array]:
+        """See `GaussianSolver`."""
         process, t, h = problem.process, step.t, step.s - step.t
-        score = -problem.eps(x, t, problem.x0(x, t)) / process.sigma(t)
+        score = -estimate.eps / process.sigma(t)
         g = process.diffusion(t)
         mean = x + h * (process.drift(t) * x - (1 + self.eta**2) / 2 * g**2 * score)
         std = self.eta * g * jnp.sqrt(jnp.abs(h))
         if not self.last_noise:
             std = jnp.where(step.s == problem.times[-1], 0.0, std)
-        noise = jax.random.normal(step.key, x.shape, x.dtype)
-        return (mean + std * noise).astype(x.dtype), step.memory, 1
+        return mean, std

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._tree import root
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
+from jaxdiff.denoiser import Estimate
+from jaxdiff.solvers._base import ExplicitSolver, Problem
 from jaxdiff.solvers._exponential import half_log_snr
+from jaxdiff.stepwise import Step
 
 
 class Row(eqx.Module):
@@ -21,6 +23,8 @@ class Row(eqx.Module):
         ratio: length of the step before, relative to this one, in log(alpha / sigma).
         balance: sqrt(carry / carry of the step before).
         weight: of the measured part of a balance.
+        target: sigma_s.
+        many: whether the grid has many steps, for which the authors have another zeta.
     """
 
     second: Array
@@ -30,6 +34,8 @@ class Row(eqx.Module):
     ratio: Array
     balance: Array
     weight: Array
+    target: Array
+    many: bool = eqx.field(static=True)
 
 
 class Memory(eqx.Module):
@@ -49,8 +55,8 @@ class Memory(eqx.Module):
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Inner products over all axes but the channels; over the only axis of a vector."""
-    axes = tuple(range(max(a.ndim - 1, 1)))
+    """Inner products over all axes but the channels, or over the only axis; of a number, itself."""
+    axes = tuple(range(min(max(a.ndim - 1, 1), a.ndim)))
     return jnp.sum(a * b, axis=axes, keepdims=True)
 
 
@@ -60,7 +66,7 @@ def _along(a: Array, b: Array) -> Array:
     return jnp.clip(_dot(a, b) / jnp.where(size > 0, size, 1.0), -2.0, 2.0)
 
 
-class EVODiff(DiffusionSolver):
+class EVODiff(ExplicitSolver):
     """Entropy-aware variance-optimised inference: a heuristic for few evaluations.
 
     A two-step method whose weights follow from how the outputs correlate, per channel. With D_-1
@@ -107,8 +113,8 @@ class EVODiff(DiffusionSolver):
         to_zero = sigma[1:] == 0
         carry, index = sigma[1:] / sigma[:-1], jnp.arange(n)
         last = index == n - 1 - to_zero[-1]
-        clock = half_log_snr(process, times)
-        h = jnp.where(to_zero, 1.0, jnp.where(to_zero, 0.0, clock[1:]) - clock[:-1])
+        half = half_log_snr(process, times)
+        h = jnp.where(to_zero, 1.0, jnp.where(to_zero, 0.0, half[1:]) - half[:-1])
         progress = (times[1:] + times[-1]) / (times[0] + times[-1])
         row = Row(
             (index > 0) & ~last & ~to_zero,
@@ -118,6 +124,8 @@ class EVODiff(DiffusionSolver):
             _previous(h) / h,
             root(carry / _previous(carry)),
             (1 - progress**2) / 2,
+            sigma[1:],
+            n > 20,
         )
         return row, jax.tree.map(_previous, row)
 
@@ -127,12 +135,17 @@ class EVODiff(DiffusionSolver):
         zero = jnp.zeros_like(x)
         return Memory(zero, zero, x, zero)
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, Memory, int]:
-        """See `DiffusionSolver`."""
-        (row, before), memory, process = step.plan, step.memory, problem.process
-        output, old = problem.x0(x, step.t), memory.output
-        corrected = _correct(before, memory, output, process.sigma(step.t), problem.num_steps > 20)
-        x = jnp.where(before.second, corrected, x)
+    def correct(self, x: Array, step: Step, estimate: Estimate) -> Array:
+        """See `ExplicitSolver`."""
+        before = step.plan[1]
+        return jnp.where(before.second, _correct(before, step.memory, estimate.x0), x)
+
+    def move(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, Memory, int]:
+        """See `ExplicitSolver`."""
+        row, process = step.plan[0], problem.process
+        output, old = estimate.x0, step.memory.output
         base = row.carry * x + row.gain * output
         balance = _balance(row, output, old)
         difference = output - balance * old
@@ -145,7 +158,7 @@ class EVODiff(DiffusionSolver):
                 row.last, shrunk + row.gain / 2 * (output - share * old), following
             )
         following, base, difference = (y.astype(x.dtype) for y in (following, base, difference))
-        return following, Memory(output, old, base, difference), 1
+        return following, Memory(output, old, base, difference), 0
 
 
 def _previous(rows: Array) -> Array:
@@ -161,8 +174,8 @@ def _factor(row: Row, balance: Array) -> Array:
     return jax.nn.sigmoid(jnp.abs(balance) / 4) * row.ratio
 
 
-def _correct(row: Row, memory: Memory, output: Array, sigma: Array, many_steps: bool) -> Array:
-    """The end of a step, at noise `sigma`, from the output at its probe."""
+def _correct(row: Row, memory: Memory, output: Array) -> Array:
+    """The end of a step from the output at its probe."""
     old, older, first = memory.output, memory.older, memory.difference
     second = output - _balance(row, output, old) * old
     backward, forward = first / row.ratio, row.ratio * second
@@ -170,8 +183,8 @@ def _correct(row: Row, memory: Memory, output: Array, sigma: Array, many_steps: 
     slope = (1 - eta) * forward - eta * backward
     scale = row.gain / (2 * _factor(row, _balance(row, old, older)))
     zeta = jnp.abs(_along(scale * (first - slope), first) / row.gain) - 0.5
-    if many_steps:
+    if row.many:
         # In the authors' units, the outputs' difference is over a step in e^lambda.
-        change = (old - older) * sigma / row.gain
+        change = (old - older) * row.target / row.gain
         zeta = -zeta * jax.nn.sigmoid(_along(old, change) * (2 - row.carry**2))
     return memory.base + row.gain / (2 * jax.nn.sigmoid(zeta)) * slope

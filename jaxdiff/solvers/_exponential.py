@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._tree import root
+from jaxdiff.denoiser import Estimate
 from jaxdiff.predictions import X0, Eps, Prediction
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import Problem
 
 
@@ -43,13 +44,19 @@ def check_prediction(prediction: Prediction) -> None:
         )
 
 
+def extrapolated(prediction: Prediction, estimate: Estimate) -> Array:
+    """What is extrapolated of a settled estimate: x0 or eps."""
+    return estimate.x0 if isinstance(prediction, X0) else estimate.eps
+
+
 def output(problem: Problem, prediction: Prediction, x: Array, t: Array) -> Array:
-    """What is extrapolated: x0_hat, or the noise it implies; one evaluation."""
-    x0 = problem.x0(x, t)
-    return x0 if isinstance(prediction, X0) else problem.eps(x, t, x0)
+    """What is extrapolated at (x, t); one evaluation."""
+    found = problem.estimate(x, t)
+    # x0 needs no noise, which at sigma = 0 is 0 / 0.
+    return found.x0 if isinstance(prediction, X0) else problem.settle(x, t, found)[1].eps
 
 
-def half_log_snr(process: Process, t: Array) -> Array:
+def half_log_snr(process: GaussianProcess, t: Array) -> Array:
     """lambda = log(alpha / sigma), infinite where sigma = 0."""
     sigma = process.sigma(t)
     return jnp.where(
@@ -58,7 +65,12 @@ def half_log_snr(process: Process, t: Array) -> Array:
 
 
 def linear_parts(
-    process: Process, prediction: Prediction, t: Array, s: Array, h: Array, eta2: Array | float
+    process: GaussianProcess,
+    prediction: Prediction,
+    t: Array,
+    s: Array,
+    h: Array,
+    eta2: Array | float,
 ) -> Linear:
     """Carry, scale, H and noise of steps from t to s, elementwise over t, s and h.
 

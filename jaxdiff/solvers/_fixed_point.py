@@ -7,12 +7,14 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
-from jaxdiff.processes import Process
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
+from jaxdiff._checks import check_count
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._ddim import DDIM
+from jaxdiff.stepwise import Step
 
 
-def transfer(process: Process, x: Array, eps: Array, t: Array, s: Array) -> Array:
+def transfer(process: GaussianProcess, x: Array, eps: Array, t: Array, s: Array) -> Array:
     """DDIM's step from x_t to s with a given noise: A x + B eps.
 
     A = alpha_s / alpha_t, B = sigma_s - A sigma_t. With the same eps, the step from s to t is its
@@ -50,11 +52,8 @@ class ImplicitInversion(DiffusionSolver):
     num_iterations: eqx.AbstractVar[int]
 
     def __check_init__(self):
-        if not (isinstance(self.num_iterations, int) and self.num_iterations >= 1):
-            raise ValueError(
-                "`num_iterations` must be an integer of at least 1, got "
-                f"{self.num_iterations!r}. Use DDIM() to invert without iterations."
-            )
+        remedy = "Use DDIM() to invert without iterations."
+        check_count("num_iterations", self.num_iterations, instead=remedy)
 
     @abstractmethod
     def solve(self, problem: Problem, x: Array, step: Step) -> Array:
@@ -65,14 +64,15 @@ class ImplicitInversion(DiffusionSolver):
         """No noise is drawn."""
         return False
 
-    def check_start(self, process: Process, times: Array, memory: PyTree) -> None:
+    def check_start(self, process: GaussianProcess, times: Array, memory: PyTree) -> None:
         """Anywhere: evaluations are at the noisier end of a step."""
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
         if problem.direction == -1:
             return DDIM().update(problem, x, step)
-        return self.solve(problem, x, step), step.memory, self.num_iterations
+        nfe = self.num_iterations * problem.cost
+        return Moved(self.solve(problem, x, step), step.memory, nfe)
 
 
 class FixedPointInversion(ImplicitInversion):

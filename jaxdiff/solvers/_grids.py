@@ -8,7 +8,9 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from jaxdiff.processes import Process
+from jaxdiff._checks import check_number
+from jaxdiff._tree import as_number
+from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._times import check_times, clip_times
 
 
@@ -26,7 +28,7 @@ class Schedule(eqx.Module):
     history: Array
 
 
-def uniform_times(process: Process, num_steps: int, *, t_end: float = 0.0) -> Array:
+def uniform_times(process: GaussianProcess, num_steps: int, *, t_end: float = 0.0) -> Array:
     """Times uniform in t, from t_max to `t_end`.
 
     Args:
@@ -40,18 +42,18 @@ def uniform_times(process: Process, num_steps: int, *, t_end: float = 0.0) -> Ar
     return jnp.linspace(process.t_max, t_end, num_steps + 1)
 
 
-def log_snr_times(process: Process, num_steps: int) -> Array:
+def log_snr_times(process: GaussianProcess, num_steps: int) -> Array:
     """Times uniform in log-SNR, from t_max to t_min.
 
     Reference: Lu et al., "DPM-Solver", 2022, arXiv 2206.00927, section 3.4.
     """
     ends = process.log_snr(jnp.asarray([process.t_max, process.t_min], jnp.result_type(float)))
-    times = process.time(jnp.linspace(ends[0], ends[1], num_steps + 1))
+    times = process.unbounded_time(jnp.linspace(ends[0], ends[1], num_steps + 1))
     return times.at[0].set(process.t_max).at[-1].set(process.t_min)
 
 
 def karras_times(
-    process: Process,
+    process: GaussianProcess,
     num_steps: int,
     *,
     rho: float = 7.0,
@@ -79,7 +81,7 @@ def karras_times(
     return _by_level(process, num_steps, log_level, t_start, t_end)
 
 
-def polyexponential_times(process: Process, num_steps: int, *, rho: float = 1.0) -> Array:
+def polyexponential_times(process: GaussianProcess, num_steps: int, *, rho: float = 1.0) -> Array:
     """log k falls as a power of the remaining steps, from t_max to t_min, then 0.
 
     log k_i = log k_min + (1 - i / (N - 1))^rho log(k_max / k_min), with k = sigma / alpha.
@@ -100,7 +102,7 @@ def polyexponential_times(process: Process, num_steps: int, *, rho: float = 1.0)
 
 
 def _by_level(
-    process: Process,
+    process: GaussianProcess,
     num_steps: int,
     log_level: Callable,
     t_start: ArrayLike | None = None,
@@ -120,11 +122,11 @@ def _by_level(
     to_zero = t_end is None and not lowest
     count = max(num_steps, 2) if to_zero else num_steps + 1
     levels = log_level(jnp.linspace(0.0, 1.0, count), high, low)
-    times = process.time(-2 * levels).at[0].set(ends[0]).at[-1].set(ends[1])
+    times = process.unbounded_time(-2 * levels).at[0].set(ends[0]).at[-1].set(ends[1])
     return jnp.append(times[:num_steps], 0.0) if to_zero else times
 
 
-def quadratic_times(process: Process, num_steps: int) -> Array:
+def quadratic_times(process: GaussianProcess, num_steps: int) -> Array:
     """Times uniform in sqrt(t), from t_max to 0.
 
     Reference: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", 2020,
@@ -133,7 +135,7 @@ def quadratic_times(process: Process, num_steps: int) -> Array:
     return jnp.linspace(jnp.sqrt(process.t_max), 0.0, num_steps + 1) ** 2
 
 
-def cosine_times(process: Process, num_steps: int, *, sigma_data: float = 1.0) -> Array:
+def cosine_times(process: GaussianProcess, num_steps: int, *, sigma_data: float = 1.0) -> Array:
     """Times uniform in the angle arctan(k / sigma_data), k = sigma / alpha, from t_max to 0.
 
     With sigma_data = 1 and a variance-preserving process the angle is that of the cosine
@@ -157,7 +159,9 @@ def cosine_times(process: Process, num_steps: int, *, sigma_data: float = 1.0) -
     first, lowest, last = jnp.arctan2(process.sigma(ends), sigma_data * process.alpha(ends))
     angle = jnp.linspace(first, last, num_steps + 1)
     inside = jnp.maximum(angle, lowest)
-    times = process.time(2 * (jnp.log(jnp.cos(inside)) - jnp.log(sigma_data * jnp.sin(inside))))
+    times = process.unbounded_time(
+        2 * (jnp.log(jnp.cos(inside)) - jnp.log(sigma_data * jnp.sin(inside)))
+    )
     below = process.t_min * (angle - last) / jnp.where(lowest > last, lowest - last, 1.0)
     times = jnp.where(angle < lowest, below, times)
     return times.at[0].set(ends[0]).at[-1].set(0.0)
@@ -182,13 +186,12 @@ def shifted_times(times: ArrayLike, shift: float) -> Array:
     Reference: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image
     Synthesis", 2024, arXiv 2403.03206, equation 23, whose sqrt(m / n) is `shift`.
     """
-    if isinstance(shift, (int, float)) and shift <= 0:
-        raise ValueError(f"`shift` must be positive, got {shift}. Use 1 for no shift.")
+    check_number("shift", as_number(shift), above=0.0, instead="Use 1 for no shift.")
     times = jnp.asarray(times)
     return shift * times / (1 - times + shift * times)
 
 
-def interpolate_times(process: Process, times: ArrayLike, num_steps: int) -> Array:
+def interpolate_times(process: GaussianProcess, times: ArrayLike, num_steps: int) -> Array:
     """A grid resampled to another number of steps: log k is linear in between, k = sigma / alpha.
 
     Args:
@@ -210,7 +213,7 @@ def interpolate_times(process: Process, times: ArrayLike, num_steps: int) -> Arr
     times = check_times(process, times)
     levels = process.log_snr(clip_times(process, times))
     old, new = (jnp.linspace(0, 1, n, dtype=times.dtype) for n in (len(times), num_steps + 1))
-    resampled = process.time(jnp.interp(new, old, levels))
+    resampled = process.unbounded_time(jnp.interp(new, old, levels))
     return resampled.at[0].set(times[0]).at[-1].set(times[-1])
 
 

@@ -7,11 +7,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from jaxdiff.denoiser import Estimate
 from jaxdiff.predictions import X0, Prediction
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step, combine
-from jaxdiff.solvers._exponential import Linear, half_log_snr, linear_parts, newton_weights, output
+from jaxdiff.solvers._base import ExplicitSolver, Problem, combine
+from jaxdiff.solvers._exponential import (
+    Linear,
+    extrapolated,
+    half_log_snr,
+    linear_parts,
+    newton_weights,
+    output,
+)
+from jaxdiff.stepwise import Step
 
 # The moments of n nodes, from n and the stiffness H; see `jaxdiff.solvers._exponential`.
 Rule = Callable[[int, Array], list[Array]]
@@ -51,7 +60,7 @@ class Memory(eqx.Module):
     new: Array | None
 
 
-class Multistep(DiffusionSolver):
+class Multistep(ExplicitSolver):
     """Base of the linear multistep solvers, one evaluation a step.
 
     The corrector costs nothing: the output at the predicted state is the one that the next step
@@ -89,32 +98,37 @@ class Multistep(DiffusionSolver):
         base, new = (None, None) if corrector is None else (x, jnp.zeros_like(corrector.new[0]))
         return Memory((jnp.zeros_like(x),) * (self.history - 1), base, new)
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
-        """See `DiffusionSolver`."""
-        (predictor, corrector), memory = step.plan, step.memory
-        newest = output(problem, self.prediction, x, step.t)
-        if corrector is not None:
-            x = (memory.base + memory.new * newest).astype(x.dtype)
-        outputs = (newest, *memory.outputs)
+    def correct(self, x: Array, step: Step, estimate: Estimate) -> Array:
+        """See `ExplicitSolver`."""
+        if step.memory.base is None:
+            return x
+        return step.memory.base + step.memory.new * extrapolated(self.prediction, estimate)
+
+    def move(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, Memory, Array | int]:
+        """See `ExplicitSolver`."""
+        predictor, corrector = step.plan
+        outputs = (extrapolated(self.prediction, estimate), *step.memory.outputs)
         carried = predictor.carry * x
         if self.stochastic:
             carried = carried + predictor.noise * jax.random.normal(step.key, x.shape, x.dtype)
-        predicted = carried + combine(predictor.outputs, outputs)
-        predicted = predicted.astype(x.dtype)
-        memory = Memory(outputs[: self.history - 1], None, None)
+        predicted = (carried + combine(predictor.outputs, outputs)).astype(x.dtype)
         if corrector is None:
-            return predicted, memory, 1
+            return predicted, Memory(outputs[: self.history - 1], None, None), 0
         base = (carried + combine(corrector.outputs, outputs)).astype(x.dtype)
-        memory = Memory(memory.outputs, base, corrector.new)
+        memory = Memory(outputs[: self.history - 1], base, corrector.new)
         if not self.corrects_the_end:
-            return predicted, memory, 1
-        last = step.s == problem.times[-1]
+            return predicted, memory, 0
+        # Where sigma = 0 the step stays predicted, and the noise there is 0 / 0.
+        corrects = (step.s == problem.times[-1]) & (corrector.new != 0)
 
         def correct():
             final = output(problem, self.prediction, predicted, step.s)
             return (base + corrector.new * final).astype(x.dtype)
 
-        return jax.lax.cond(last, correct, lambda: predicted), memory, jnp.where(last, 2, 1)
+        x = jax.lax.cond(corrects, correct, lambda: predicted)
+        return x, memory, jnp.where(corrects, problem.cost, 0)
 
 
 def check_order(order: int, highest: int) -> None:
@@ -161,11 +175,11 @@ def step_orders(num_steps: int, order: int, lower_order_final: bool | None) -> n
     return orders
 
 
-def past_nodes(clock: Array, h: Array, count: int) -> list[Array]:
-    """(clock_(i-j) - clock_i) / h_i for j < count, each `(num_steps,)`; -j where unknown."""
+def past_nodes(variable: Array, h: Array, count: int) -> list[Array]:
+    """(v_(i-j) - v_i) / h_i for j < count, each `(num_steps,)`; -j where unknown."""
     index = jnp.arange(h.shape[0])
     return [
-        jnp.where(index >= j, (clock[jnp.maximum(index - j, 0)] - clock[:-1]) / h, -1.0 * j)
+        jnp.where(index >= j, (variable[jnp.maximum(index - j, 0)] - variable[:-1]) / h, -1.0 * j)
         for j in range(count)
     ]
 
@@ -185,24 +199,24 @@ class Grid(eqx.Module):
 
     parts: Linear
     nodes: list[Array]
-    ends: Array
-    end_weights: Array
-    end_carry: Array
+    to_zero: Array
+    last_weights: Array
+    last_carry: Array
 
     def predictor(self, orders: np.ndarray, rule: Rule) -> Predictor:
         """The steps with as many nodes as their order."""
-        ends = self.ends
+        to_zero = self.to_zero
         return Predictor(
-            jnp.where(ends, self.end_carry, self.parts.carry),
-            jnp.where(ends[:, None], self.end_weights, self._weights(orders, rule)),
-            jnp.where(ends, 0.0, self.parts.noise),
+            jnp.where(to_zero, self.last_carry, self.parts.carry),
+            jnp.where(to_zero[:, None], self.last_weights, self._weights(orders, rule)),
+            jnp.where(to_zero, 0.0, self.parts.noise),
         )
 
     def corrector(self, orders: np.ndarray, rule: Rule) -> Corrector:
         """The steps with one node more, at their target; a step to sigma = 0 stays predicted."""
         weights = self._weights(orders, rule, (jnp.ones_like(self.parts.carry),))
-        outputs = jnp.where(self.ends[:, None], self.end_weights, weights[:, :-1])
-        return Corrector(outputs, jnp.where(self.ends, 0.0, weights[:, -1]))
+        outputs = jnp.where(self.to_zero[:, None], self.last_weights, weights[:, :-1])
+        return Corrector(outputs, jnp.where(self.to_zero, 0.0, weights[:, -1]))
 
     def _weights(self, orders: np.ndarray, rule: Rule, new: tuple[Array, ...] = ()) -> Array:
         unused = jnp.zeros_like(self.parts.carry)
@@ -219,26 +233,26 @@ class Grid(eqx.Module):
 def make_grid(
     problem: Problem,
     prediction: Prediction,
-    clock: Array,
+    variable: Array,
     history: int,
     parts: Callable[[Array], Linear],
     *,
     singular: bool = True,
 ) -> Grid:
-    """The grid of a method that extrapolates in `clock`.
+    """The grid of a method that extrapolates in some variable.
 
     Args:
         problem: holds the process and the times.
         prediction: X0() or Eps(), the output that is extrapolated.
-        clock: the extrapolation variable at every time, `(num_steps + 1,)`.
+        variable: what it extrapolates in, at every time, `(num_steps + 1,)`.
         history: past outputs used by a step.
-        parts: the linear parts, from the steps' lengths in the clock.
-        singular: whether the clock is infinite at sigma = 0. A step there returns x0_hat: it is
+        parts: the linear parts, from the steps' lengths in the variable.
+        singular: whether the variable is infinite at sigma = 0. A step there returns x0_hat: it is
             infinitely long, and nothing can be extrapolated.
     """
     process, t, s = problem.process, problem.times[:-1], problem.times[1:]
-    ends = (process.sigma(s) == 0) & singular
-    h = jnp.where(ends, 1.0, jnp.where(ends, 0.0, clock[1:]) - clock[:-1])
+    to_zero = (process.sigma(s) == 0) & singular
+    h = jnp.where(to_zero, 1.0, jnp.where(to_zero, 0.0, variable[1:]) - variable[:-1])
     alpha = process.alpha(s)
     if isinstance(prediction, X0):
         carry, weight = jnp.zeros_like(alpha), alpha
@@ -246,8 +260,8 @@ def make_grid(
         carry = alpha / process.alpha(t)
         weight = -carry * process.sigma(t)
     first = jnp.arange(history) == 0
-    nodes = past_nodes(clock, h, history)
-    return Grid(parts(h), nodes, ends, weight[:, None] * first, carry)
+    nodes = past_nodes(variable, h, history)
+    return Grid(parts(h), nodes, to_zero, weight[:, None] * first, carry)
 
 
 def exponential_grid(

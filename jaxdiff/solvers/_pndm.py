@@ -6,8 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step, combine
+from jaxdiff.denoiser import Estimate
+from jaxdiff.predictions import Eps
+from jaxdiff.solvers._base import ExplicitSolver, Problem, combine
+from jaxdiff.solvers._exponential import output
 from jaxdiff.solvers._multistep import by_order, check_choice, check_order, step_orders
+from jaxdiff.stepwise import Step
 
 # Adams-Bashforth for equal steps.
 _WEIGHTS = {
@@ -18,7 +22,7 @@ _WEIGHTS = {
 }
 
 
-class PNDM(DiffusionSolver):
+class PNDM(ExplicitSolver):
     """S-PNDM, F-PNDM and PLMS: Adams-Bashforth weights for equal steps, DDIM's transfer.
 
     x_s = (alpha_s / alpha_t) x + alpha_s (k_s - k_t) e, k = sigma / alpha, where e combines the
@@ -75,8 +79,10 @@ class PNDM(DiffusionSolver):
         del problem
         return (jnp.zeros_like(x),) * (self.order - 1)
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
-        """See `DiffusionSolver`."""
+    def move(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, PyTree, Array | int]:
+        """See `ExplicitSolver`."""
         process, (weights, warm) = problem.process, step.plan
 
         def level(t):
@@ -88,9 +94,9 @@ class PNDM(DiffusionSolver):
             return (carried + alpha * (level(target) - level(step.t)) * eps).astype(x.dtype)
 
         def eps(x, t):
-            return problem.eps(x, t, problem.x0(x, t))
+            return output(problem, Eps(), x, t)
 
-        first = eps(x, step.t)
+        first = estimate.eps
         outputs = (first, *step.memory)
 
         def heun():
@@ -105,9 +111,13 @@ class PNDM(DiffusionSolver):
 
         if self.warm_up == "none":
             slope = combine(weights, outputs).astype(x.dtype)
-            return transfer(step.s, slope), outputs[: self.order - 1], 1
-        start, cost = (heun, 2) if self.warm_up == "heun" else (runge_kutta, 4)
+            return transfer(step.s, slope), outputs[: self.order - 1], 0
+        start, more = (heun, 1) if self.warm_up == "heun" else (runge_kutta, 3)
         slope = jax.lax.cond(
             warm, lambda: start().astype(x.dtype), lambda: combine(weights, outputs).astype(x.dtype)
         )
-        return transfer(step.s, slope), outputs[: self.order - 1], jnp.where(warm, cost, 1)
+        return (
+            transfer(step.s, slope),
+            outputs[: self.order - 1],
+            jnp.where(warm, more * problem.cost, 0),
+        )

@@ -5,14 +5,17 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
+from jaxdiff._checks import check_count, check_number
 from jaxdiff._tree import number
 from jaxdiff.solvers._ancestral import Ancestral
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
+from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
+from jaxdiff.solvers._wrapper import SolverWrapper
+from jaxdiff.stepwise import Step
 
 
-class PredictorCorrector(DiffusionSolver):
+class PredictorCorrector(SolverWrapper):
     """Langevin steps at the current noise level, then a step of another solver.
 
     Each of the M corrections at time t is
@@ -24,7 +27,7 @@ class PredictorCorrector(DiffusionSolver):
     (1 + snr^2) v. M + 1 evaluations a step, when the predictor takes one.
 
     Args:
-        predictor: the solver.
+        base: the predictor.
         num_corrections: M, >= 0.
         snr: size of the Langevin steps relative to the noise, > 0; the authors take 0.16 for
             CIFAR-10 and VE.
@@ -39,42 +42,41 @@ class PredictorCorrector(DiffusionSolver):
     other, and e has a further factor of 1 - beta for VP, which is 0.98 to 1.
     """
 
-    predictor: DiffusionSolver = Ancestral()
+    base: DiffusionSolver = Ancestral()
     num_corrections: int = eqx.field(default=1, static=True)
     snr: float = number(0.16)
 
     def __check_init__(self):
-        if self.num_corrections < 0:
-            raise ValueError(f"`num_corrections` must be >= 0, got {self.num_corrections}.")
+        check_count("num_corrections", self.num_corrections, least=0)
+        check_number("snr", self.snr, above=0.0)
 
     @property
     def stochastic(self) -> bool:
         """True."""
         return True
 
-    def plan(self, problem: Problem) -> PyTree:
-        """The predictor's."""
-        return self.predictor.plan(problem)
-
-    def init_memory(self, problem: Problem, x: Array) -> PyTree:
-        """The predictor's."""
-        return self.predictor.init_memory(problem, x)
-
-    def correct(self, problem: Problem, x: Array, t: Array, key: PRNGKeyArray) -> Array:
+    def langevin(self, problem: Problem, x: Array, t: Array, key: PRNGKeyArray) -> Moved:
         """One Langevin step at time t."""
-        score = -problem.eps(x, t, problem.x0(x, t)) / problem.process.sigma(t)
+        x, found = problem.settle(x, t, problem.estimate(x, t))
+        score = -found.eps / problem.process.sigma(t)
         noise = jax.random.normal(key, x.shape, x.dtype)
-        step_size = 2 * self.snr**2 * jnp.sum(noise**2) / jnp.sum(score**2)
-        return (x + step_size * score + jnp.sqrt(2 * step_size) * noise).astype(x.dtype)
+        length = 2 * self.snr**2 * jnp.sum(noise**2) / jnp.sum(score**2)
+        moved = x + length * score + jnp.sqrt(2 * length) * noise
+        return Moved(moved.astype(x.dtype), None, problem.cost, found.notes)
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
-        predictor_key, key = jax.random.split(step.key)
+        base_key, key = jax.random.split(step.key)
+        notes = step.notes
 
-        def correct(i, x):
-            return self.correct(problem, x, step.t, jax.random.fold_in(key, i))
+        def correct(i, carry):
+            x, notes = carry
+            moved = self.langevin(problem, x, step.t, jax.random.fold_in(key, i))
+            # What the first evaluation of the step remembers counts.
+            first = jax.tree.map(lambda new, old: jnp.where(i == 0, new, old), moved.notes, notes)
+            return moved.x, first
 
-        x = jax.lax.fori_loop(0, self.num_corrections, correct, x)
-        step = dataclasses.replace(step, key=predictor_key)
-        x, memory, nfe = self.predictor.update(problem, x, step)
-        return x, memory, nfe + self.num_corrections
+        x, notes = jax.lax.fori_loop(0, self.num_corrections, correct, (x, notes))
+        moved = self.move_base(problem, x, dataclasses.replace(step, key=base_key))
+        nfe = moved.nfe + self.num_corrections * problem.cost
+        return moved._replace(nfe=nfe, notes=notes if self.num_corrections else moved.notes)

@@ -20,9 +20,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import derivative, number
-from jaxdiff.processes import Process
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
+from jaxdiff.solvers._wrapper import SolverWrapper
+from jaxdiff.stepwise import Step
 
 # The two sums change over at this noise level on a box of width one, where both leave out less
 # than 1e-16 of the density: images beyond 3 periods, eigenfunctions beyond the 12th.
@@ -55,9 +58,9 @@ def reflect(x: Array, low: float = -1.0, high: float = 1.0) -> Array:
 
 
 def reflected_marginal(
-    process: Process, x0: Array, eps: Array, t: Array, low: float = -1.0, high: float = 1.0
+    process: GaussianProcess, x0: Array, eps: Array, t: Array, low: float = -1.0, high: float = 1.0
 ) -> Array:
-    """x_t = alpha reflect(x0 + (sigma / alpha) eps): `Process.marginal` inside a box.
+    """x_t = alpha reflect(x0 + (sigma / alpha) eps): `GaussianProcess.marginal` inside a box.
 
     Args:
         process: the forward process.
@@ -147,7 +150,7 @@ def reflected_kernel_score(
     return derivative(lambda y: reflected_log_kernel(y, x0, k, low, high), y)
 
 
-class Reflected(DiffusionSolver):
+class Reflected(SolverWrapper):
     """Any solver, kept in the box: each step starts and ends with `reflect`.
 
     x_s = alpha_s reflect(base step(alpha_t reflect(x_t / alpha_t)) / alpha_s). The first
@@ -181,12 +184,10 @@ class Reflected(DiffusionSolver):
     high: float = number(1.0)
 
     def __check_init__(self):
-        faces = (self.low, self.high)
-        if all(isinstance(face, float) for face in faces) and self.high <= self.low:
-            raise ValueError(
-                f"`high` must be above `low` = {self.low}, got {self.high}. Use the range of the "
-                "data, e.g. low=-1, high=1."
-            )
+        remedy = "Use the range of the data, e.g. low=-1, high=1."
+        check_number("low", self.low)
+        if isinstance(self.low, float):
+            check_number("high", self.high, above=self.low, instead=remedy)
 
     def _reflect(self, problem: Problem, x: Array, t: Array) -> Array:
         alpha = problem.process.alpha(t)
@@ -194,21 +195,11 @@ class Reflected(DiffusionSolver):
         folded = reflect(y, self.low, self.high)
         return jnp.where(folded == y, x, alpha * folded).astype(x.dtype)
 
-    @property
-    def stochastic(self) -> bool:
-        """The base's."""
-        return self.base.stochastic
-
-    def plan(self, problem: Problem) -> PyTree:
-        """The base's."""
-        return self.base.plan(problem)
-
     def init_memory(self, problem: Problem, x: Array) -> PyTree:
         """The base's, of the reflected start."""
-        return self.base.init_memory(problem, self._reflect(problem, x, problem.times[0]))
+        return super().init_memory(problem, self._reflect(problem, x, problem.times[0]))
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
-        x = self._reflect(problem, x, step.t)
-        x, memory, nfe = self.base.update(problem, x, step)
-        return self._reflect(problem, x, step.s), memory, nfe
+        moved = self.move_base(problem, self._reflect(problem, x, step.t), step)
+        return moved._replace(x=self._reflect(problem, moved.x, step.s))

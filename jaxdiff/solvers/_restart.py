@@ -2,25 +2,29 @@
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from jaxdiff._tree import number, root
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step, check_memoryless
+from jaxdiff._checks import check_count, check_number
+from jaxdiff._tree import number
+from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._edm_heun import EDMHeun
 from jaxdiff.solvers._grids import karras_times
+from jaxdiff.solvers._wrapper import SolverWrapper
+from jaxdiff.stepwise import Step
 
 
 class RestartInterval(eqx.Module):
     """A range of noise levels to go through again.
 
     Args:
-        low: its lowest noise level sigma / alpha, > 0; moved to the nearest level of the grid,
-            and if that is not below `high`, the interval is left out.
-        high: its highest noise level, > low.
+        k_low: its lowest noise level sigma / alpha, > 0; moved to the nearest level of the grid,
+            and if that is not below `k_high`, the interval is left out.
+        k_high: its highest noise level, > k_low.
         num_steps: steps of one pass, >= 1.
         num_restarts: passes, >= 1.
 
@@ -28,22 +32,21 @@ class RestartInterval(eqx.Module):
         ValueError: for levels in the wrong order, or counts below one.
     """
 
-    low: float = number(0.06)
-    high: float = number(0.3)
+    k_low: float = number(0.06)
+    k_high: float = number(0.3)
     num_steps: int = eqx.field(default=2, static=True)
     num_restarts: int = eqx.field(default=2, static=True)
 
     def __check_init__(self):
-        if all(isinstance(k, float) for k in (self.low, self.high)) and self.high <= self.low:
-            raise ValueError(f"`high` must be above `low` = {self.low}, got {self.high}.")
-        if self.num_steps < 1 or self.num_restarts < 1:
-            raise ValueError(
-                "`num_steps` and `num_restarts` must be at least 1, got "
-                f"{self.num_steps} and {self.num_restarts}. Leave the interval out instead."
-            )
+        check_number("k_low", self.k_low, above=0.0)
+        if isinstance(self.k_low, float):
+            check_number("k_high", self.k_high, above=self.k_low)
+        remedy = "Leave the interval out instead."
+        check_count("num_steps", self.num_steps, instead=remedy)
+        check_count("num_restarts", self.num_restarts, instead=remedy)
 
 
-class Restart(DiffusionSolver):
+class Restart(SolverWrapper):
     """Another solver, which goes through some ranges of noise levels several times.
 
     Where the grid reaches the lower end of an interval, `num_restarts` times: noise is added up
@@ -73,60 +76,47 @@ class Restart(DiffusionSolver):
     intervals: tuple[RestartInterval, ...] = (RestartInterval(),)
     noise: float = number(1.0)
 
+    inserts_steps: ClassVar[bool] = True
+
+    def __check_init__(self):
+        check_number("noise", self.noise, least=0.0)
+
     @property
     def stochastic(self) -> bool:
         """True."""
         return True
 
-    def plan(self, problem: Problem) -> tuple[PyTree, tuple[Array, ...]]:
-        """The base's plan, and for each interval whether a step ends at its lower end."""
+    def own_plan(self, problem: Problem) -> tuple[Array, ...]:
+        """For each interval, whether a step ends at its lower end."""
         process, ends = problem.process, problem.times[1:]
         levels = jnp.exp(-process.log_snr(jnp.maximum(ends, process.t_min)) / 2)
 
         def starts(interval: RestartInterval) -> Array:
-            nearest = jnp.argmin(jnp.abs(levels - interval.low))
-            return (jnp.arange(problem.num_steps) == nearest) & (levels < interval.high)
+            nearest = jnp.argmin(jnp.abs(levels - interval.k_low))
+            return (jnp.arange(problem.num_steps) == nearest) & (levels < interval.k_high)
 
-        return self.base.plan(problem), tuple(starts(interval) for interval in self.intervals)
+        return tuple(starts(interval) for interval in self.intervals)
 
-    def init_memory(self, problem: Problem, x: Array) -> PyTree:
-        """The base's, which must be empty."""
-        problem = dataclasses.replace(problem, plan=problem.plan[0])
-        return check_memoryless(self.base, self.base.init_memory(problem, x))
-
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array]:
+    def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
-        plan, starts = step.plan
-        x, memory, nfe = self.base.update(problem, x, dataclasses.replace(step, plan=plan))
-        nfe = jnp.asarray(nfe, jnp.int32)
+        moved = self.move_base(problem, x, step)
         for j, interval in enumerate(self.intervals):
-            inner = dataclasses.replace(step, key=jax.random.fold_in(step.key, j))
-            again = partial(self._restart, problem, interval, inner)
-            x, nfe = jax.lax.cond(starts[j], again, lambda x, nfe: (x, nfe), x, nfe)
-        return x, memory, nfe
+            again = partial(self._restart, problem, interval, step, jax.random.fold_in(step.key, j))
+            moved = jax.lax.cond(step.plan.own[j], again, lambda moved: moved, moved)
+        return moved
 
-    def _restart(self, problem: Problem, interval: RestartInterval, step: Step, x: Array, nfe):
+    def _restart(self, problem, interval, step, key, moved: Moved) -> Moved:
         """All passes of an interval whose lower end is `step.s`."""
         process, low = problem.process, step.s
-        high = process.time(-2 * jnp.log(jnp.asarray(interval.high, low.dtype)))
+        high = process.unbounded_time(-2 * jnp.log(jnp.asarray(interval.k_high, low.dtype)))
         times = karras_times(process, interval.num_steps, t_start=high, t_end=low)
-        inner = dataclasses.replace(problem, times=times)
-        plan = self.base.plan(inner)
-        ratio = process.alpha(high) / process.alpha(low)
-        std = self.noise * root(process.sigma(high) ** 2 - (ratio * process.sigma(low)) ** 2)
 
-        def descend(carry, row):
-            x, nfe, key = carry
-            t, s, i, plan = row
-            step = Step(t, s, jax.random.fold_in(key, i), plan, None)
-            x, _, spent = self.base.update(inner, x, step)
-            return (x, nfe + spent, key), None
+        def one_pass(i, moved):
+            noise_key, base_key = jax.random.split(jax.random.fold_in(key, i))
+            noise = jax.random.normal(noise_key, moved.x.shape, moved.x.dtype)
+            x = process.renoise(moved.x, self.noise * noise, low, high).astype(moved.x.dtype)
+            own = dataclasses.replace(step, key=base_key, notes=moved.notes)
+            again = self.run_base(problem, x, times, own)
+            return again._replace(memory=moved.memory, nfe=moved.nfe + again.nfe)
 
-        def one_pass(i, carry):
-            x, nfe = carry
-            noise_key, key = jax.random.split(jax.random.fold_in(step.key, i))
-            x = (ratio * x + std * jax.random.normal(noise_key, x.shape, x.dtype)).astype(x.dtype)
-            rows = times[:-1], times[1:], jnp.arange(interval.num_steps), plan
-            return jax.lax.scan(descend, (x, nfe, key), rows)[0][:2]
-
-        return jax.lax.fori_loop(0, interval.num_restarts, one_pass, (x, nfe))
+        return jax.lax.fori_loop(0, interval.num_restarts, one_pass, moved)

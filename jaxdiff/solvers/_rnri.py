@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
-from jaxdiff.solvers._base import Problem, Step
+from jaxdiff.solvers._base import Problem
 from jaxdiff.solvers._fixed_point import ImplicitInversion, implicit_map
+from jaxdiff.stepwise import Step
 
 
 class RNRI(ImplicitInversion):
@@ -45,10 +47,7 @@ class RNRI(ImplicitInversion):
     weight: float = number(0.1)
 
     def __check_init__(self):
-        if isinstance(self.weight, float) and self.weight < 0:
-            raise ValueError(
-                f"`weight` must be at least 0, got {self.weight}. Take 0.0 for no prior."
-            )
+        check_number("weight", self.weight, least=0.0, instead="Take 0.0 for no prior.")
 
     def solve(self, problem: Problem, x: Array, step: Step) -> Array:
         """See `ImplicitInversion`."""

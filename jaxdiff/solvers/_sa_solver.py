@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
 from jaxdiff.predictions import X0, Prediction
 from jaxdiff.solvers._base import Problem
@@ -34,8 +35,8 @@ class SASolver(Multistep):
         corrector_order: nodes of the corrector, the new one included, 1 to 4 and at most one
             more than `predictor_order`; 0 for none.
         tau: noise of the SDE, 1 being Anderson's; 0 the ODE.
-        low: smallest time at which tau is on; below it, tau = 0.
-        high: largest such time. The authors' code has [0.2, 0.8]; the target time of a step
+        t_low: smallest time at which tau is on; below it, tau = 0.
+        t_high: largest such time. The authors' code has [0.2, 0.8]; the target time of a step
             decides.
         few_step: use M_1 = H / 2 for the two-node rules, as the authors' code does: an error of
             the same order, smaller for few steps.
@@ -52,12 +53,13 @@ class SASolver(Multistep):
     predictor_order: int = eqx.field(default=3, static=True)
     corrector_order: int = eqx.field(default=4, static=True)
     tau: float = number(1.0)
-    low: float = number(0.0)
-    high: float = number(float("inf"))
+    t_low: float = number(0.0)
+    t_high: float = number(float("inf"))
     few_step: bool = eqx.field(default=False, static=True)
     lower_order_final: bool | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
+        check_number("tau", self.tau, least=0.0)
         check_order(self.predictor_order, 4)
         highest = min(self.predictor_order + 1, 4)
         if not 0 <= self.corrector_order <= highest:
@@ -91,7 +93,7 @@ class SASolver(Multistep):
             return found
 
         target = problem.times[1:]
-        tau = jnp.where((target >= self.low) & (target <= self.high), self.tau, 0.0)
+        tau = jnp.where((target >= self.t_low) & (target <= self.t_high), self.tau, 0.0)
         grid = exponential_grid(problem, self.prediction, tau**2, self.history)
         n = problem.num_steps
         orders = step_orders(n, self.predictor_order, self.lower_order_final)

@@ -3,6 +3,7 @@
 import equinox as eqx
 from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
 from jaxdiff.predictions import X0, Prediction
 from jaxdiff.solvers._multistep import check_order
@@ -43,6 +44,7 @@ class SEEDS(Singlestep):
     r2: float = eqx.field(default=2 / 3, static=True)
 
     def __check_init__(self):
+        check_number("eta", self.eta, least=0.0)
         check_order(self.order, 3)
         check_fractions(self.fractions)
 

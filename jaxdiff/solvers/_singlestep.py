@@ -7,9 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxdiff.predictions import X0, Prediction
-from jaxdiff.solvers._base import DiffusionSolver, Problem, Step, combine
-from jaxdiff.solvers._exponential import half_log_snr, linear_parts, moments, output
+from jaxdiff.denoiser import Estimate
+from jaxdiff.predictions import Prediction
+from jaxdiff.solvers._base import ExplicitSolver, Problem, combine
+from jaxdiff.solvers._exponential import (
+    extrapolated,
+    half_log_snr,
+    linear_parts,
+    moments,
+    output,
+)
+from jaxdiff.stepwise import Step
 
 
 class Stage(eqx.Module):
@@ -28,7 +36,7 @@ class Stage(eqx.Module):
     noises: tuple[Array, ...]
 
 
-class Singlestep(DiffusionSolver):
+class Singlestep(ExplicitSolver):
     """Base of the single-step exponential integrators.
 
     A method of p stages at fractions r_1 < ... < r_p = 1 of a step h in lambda evaluates the
@@ -63,13 +71,13 @@ class Singlestep(DiffusionSolver):
     def plan(self, problem: Problem) -> tuple[tuple[Stage, ...], Array]:
         """The stages of every step, and whether it has any."""
         process, t, s = problem.process, problem.times[:-1], problem.times[1:]
-        clock = half_log_snr(process, problem.times)
-        ends = process.sigma(s) == 0
-        h = jnp.where(ends, 1.0, jnp.where(ends, 0.0, clock[1:]) - clock[:-1])
+        half = half_log_snr(process, problem.times)
+        to_zero = process.sigma(s) == 0
+        h = jnp.where(to_zero, 1.0, jnp.where(to_zero, 0.0, half[1:]) - half[:-1])
         stages, previous, noises = [], 0.0, ()
         for index, fraction in enumerate(self.fractions):
             last = index == len(self.fractions) - 1
-            inside = s if last else process.time(2 * (clock[:-1] + fraction * h))
+            inside = s if last else process.unbounded_time(2 * (half[:-1] + fraction * h))
             parts = linear_parts(process, self.prediction, t, inside, fraction * h, self.eta2)
             if self.stochastic:
                 # The Brownian path so far decays, and its new stretch is added.
@@ -81,21 +89,21 @@ class Singlestep(DiffusionSolver):
             outputs = tuple(parts.scale * w for w in self.weights(index, parts.stiffness))
             carry, previous = parts.carry, fraction
             stages.append(Stage(inside, carry, outputs, noises))
-        return tuple(stages), ends
+        return tuple(stages), to_zero
 
-    def update(self, problem: Problem, x: Array, step: Step) -> tuple[Array, PyTree, Array | int]:
-        """See `DiffusionSolver`."""
-        stages, ends = step.plan
+    def move(
+        self, problem: Problem, x: Array, step: Step, estimate: Estimate
+    ) -> tuple[Array, PyTree, Array | int]:
+        """See `ExplicitSolver`."""
+        stages, to_zero = step.plan
         noises = ()
         if self.stochastic:
             keys = jax.random.split(step.key, len(stages))
             noises = tuple(jax.random.normal(key, x.shape, x.dtype) for key in keys)
-        x0 = problem.x0(x, step.t)
-        first = x0 if isinstance(self.prediction, X0) else problem.eps(x, step.t, x0)
-        end = (problem.process.alpha(step.s) * x0).astype(x.dtype)
+        end = (problem.process.alpha(step.s) * estimate.x0).astype(x.dtype)
 
         def advance():
-            outputs, y = [first], x
+            outputs, y = [extrapolated(self.prediction, estimate)], x
             for index, stage in enumerate(stages):
                 if index > 0:
                     outputs.append(output(problem, self.prediction, y, stages[index - 1].t))
@@ -106,9 +114,9 @@ class Singlestep(DiffusionSolver):
             return y
 
         if len(stages) == 1:
-            return jnp.where(ends, end, advance()), step.memory, 1
-        y = jax.lax.cond(ends, lambda: end, advance)
-        return y, step.memory, jnp.where(ends, 1, len(stages))
+            return jnp.where(to_zero, end, advance()), step.memory, 0
+        y = jax.lax.cond(to_zero, lambda: end, advance)
+        return y, step.memory, jnp.where(to_zero, 0, (len(stages) - 1) * problem.cost)
 
 
 def stage_fractions(order: int, r1: float | None, r2: float) -> tuple[float, ...]:

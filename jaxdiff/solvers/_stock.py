@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff._tree import number
-from jaxdiff.processes import Process
+from jaxdiff._checks import check_number
+from jaxdiff._tree import is_known, number
+from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import DiffusionSolver, Problem, is_silent
 from jaxdiff.solvers._brownian import AREAS, AdditiveNoise, GridNoise
 
@@ -58,6 +59,7 @@ class ReverseSDE(eqx.Module):
     eta: float = number(1.0)
 
     def __check_init__(self):
+        check_number("eta", self.eta, least=0.0)
         if not isinstance(self.solver, (diffrax.Euler, diffrax.EulerHeun, diffrax.AbstractSRK)):
             raise TypeError(
                 "`solver` must be diffrax.Euler(), EulerHeun() or a stochastic Runge-Kutta method "
@@ -65,28 +67,44 @@ class ReverseSDE(eqx.Module):
             )
 
 
-def clock(process: Process, t: Array) -> Array:
+def clock(process: GaussianProcess, t: Array) -> Array:
     """v(t) = -sigma / (alpha + sigma)."""
     return -process.sigma(t) / scale(process, t)
 
 
-def time(process: Process, v: Array) -> Array:
-    """The time of a clock value: the inverse of `clock`, within [t_min, t_max]."""
-    return process.time(2 * (jnp.log1p(v) - jnp.log(-v)))
+def time(process: GaussianProcess, v: Array) -> Array:
+    """The time of a clock value: the inverse of `clock`."""
+    return process.unbounded_time(2 * (jnp.log1p(v) - jnp.log(-v)))
 
 
-def scale(process: Process, t: Array) -> Array:
+def scale(process: GaussianProcess, t: Array) -> Array:
     """x / w = alpha + sigma at time t."""
     return process.alpha(t) + process.sigma(t)
 
 
 def vector_field(v: Array, w: Array, problem: Problem) -> Array:
-    """dw/dclock; the clock is v when sampling and -v when inverting."""
+    """dw/dclock of one example; the clock is v when sampling and -v when inverting."""
     process = problem.process
     t = _clip(problem, time(process, -problem.direction * v))
     x = scale(process, t) * w
-    x0 = problem.x0(x, t)
+    x0 = plain_x0(problem, x, t)
     return -problem.direction * (x0 - problem.eps(x, t, x0))
+
+
+def plain_x0(problem: Problem, x: Array, t: Array) -> Array:
+    """x0_hat of a denoiser that has no noise of its own to go on with.
+
+    Raises:
+        TypeError: for one that has, of which the flow knows nothing.
+    """
+    found = problem.estimate(x, t)
+    if found.eps is not None:
+        raise TypeError(
+            f"`denoiser` {type(problem.denoiser).__name__} goes on with another noise than x0_hat "
+            "implies, which the probability flow does not have. Sample it with a solver of this "
+            "library, such as DDIM()."
+        )
+    return found.x0
 
 
 def count_evaluations(solver: diffrax.AbstractSolver, num_steps: Array) -> Array:
@@ -117,7 +135,7 @@ def _clip(problem: Problem, t: Array) -> Array:
 
 
 class Gauge(eqx.Module):
-    """The variables of one solver: an increasing clock, and the state x / scale(t)."""
+    """The variables of one solver: an increasing clock, and the state x / scale(t); of a batch."""
 
     @abstractmethod
     def clock(self, problem: Problem, t: Array) -> Array:
@@ -128,26 +146,31 @@ class Gauge(eqx.Module):
         """The time of the process, within the grid, at a value of the clock."""
 
     @abstractmethod
-    def scale(self, process: Process, t: Array) -> Array:
+    def scale(self, process: GaussianProcess, t: Array) -> Array:
         """x over the solver's state."""
 
     @abstractmethod
     def terms(self, problem: Problem, state: Array) -> diffrax.AbstractTerm:
-        """What diffrax integrates; `state` is the initial one."""
+        """What diffrax integrates; `state` is the initial one, `(batch, *event)`."""
 
 
 class Own(Gauge):
-    """The solvers of this library: x itself, and time with the sign that increases."""
+    """The solvers of this library: x itself, and the number of the step."""
 
     def clock(self, problem: Problem, t: Array) -> Array:
-        """See `Gauge`."""
-        return problem.direction * t
+        """See `Gauge`; linear within a step, of a grid that all examples share."""
+        steps = jnp.arange(problem.num_steps + 1, dtype=problem.times.dtype)
+        return jnp.interp(problem.direction * t, problem.direction * problem.times, steps)
 
     def time(self, problem: Problem, clock: Array) -> Array:
-        """See `Gauge`."""
-        return problem.direction * clock
+        """See `Gauge`; one for all, or one for each example."""
+        index = jnp.clip(jnp.floor(clock).astype(jnp.int32), 0, problem.num_steps - 1)
+        start, end = problem.times[..., index], problem.times[..., index + 1]
+        within = clock - index
+        # Exact at both ends of a step.
+        return jnp.where(within == 1, end, start + within * (end - start))
 
-    def scale(self, process: Process, t: Array) -> Array:
+    def scale(self, process: GaussianProcess, t: Array) -> Array:
         """1."""
         return jnp.ones_like(t)
 
@@ -168,14 +191,16 @@ class Flow(Gauge):
         """See `Gauge`."""
         return _clip(problem, time(problem.process, -problem.direction * clock))
 
-    def scale(self, process: Process, t: Array) -> Array:
+    def scale(self, process: GaussianProcess, t: Array) -> Array:
         """See `Gauge`."""
         return scale(process, t)
 
     def terms(self, problem: Problem, state: Array) -> diffrax.ODETerm:
         """See `Gauge`."""
         del problem, state
-        return diffrax.ODETerm(vector_field)
+        return diffrax.ODETerm(
+            lambda v, w, problem: jax.vmap(vector_field, (None, 0, problem.axes))(v, w, problem)
+        )
 
 
 class Noisy(Gauge):
@@ -190,28 +215,33 @@ class Noisy(Gauge):
 
     def time(self, problem: Problem, clock: Array) -> Array:
         """See `Gauge`."""
-        return _clip(problem, problem.process.time(2 * clock))
+        return _clip(problem, problem.process.unbounded_time(2 * clock))
 
-    def scale(self, process: Process, t: Array) -> Array:
+    def scale(self, process: GaussianProcess, t: Array) -> Array:
         """See `Gauge`."""
         return process.sigma(t)
 
     def terms(self, problem: Problem, state: Array) -> diffrax.MultiTerm:
-        """Drift, and additive noise along the example's own Brownian path."""
+        """Drift, and additive noise along each example's own Brownian path."""
         eta, solver = jnp.asarray(self.sde.eta, state.dtype), self.sde.solver
         area = AREAS.get(getattr(solver, "minimal_levy_area", None), diffrax.BrownianIncrement)
-        shape = jax.ShapeDtypeStruct(state.shape, state.dtype)
         if self.adaptive:
+            # Of a single example: steps are its own.
+            shape = jax.ShapeDtypeStruct(state.shape, state.dtype)
             start, end = self.clock(problem, problem.times[jnp.asarray([0, -1])])
             resolution = (end - start) / 2**12
-            path = diffrax.VirtualBrownianTree(start, end, resolution, shape, problem.key, area)
+            path = diffrax.VirtualBrownianTree(start, end, resolution, shape, problem.key[0], area)
         else:
-            path = GridNoise(problem.key, shape, area)
+            path = GridNoise(problem.key, jax.ShapeDtypeStruct(state.shape[1:], state.dtype), area)
 
         def drift(clock, z, problem):
             t = self.time(problem, clock)
-            x0 = problem.x0((problem.process.sigma(t) * z).astype(z.dtype), t)
-            return ((1 + eta**2) * jnp.exp(clock) * x0 - eta**2 * z).astype(z.dtype)
+
+            def one(z, problem):
+                x0 = plain_x0(problem, (problem.process.sigma(t) * z).astype(z.dtype), t)
+                return ((1 + eta**2) * jnp.exp(clock) * x0 - eta**2 * z).astype(z.dtype)
+
+            return jax.vmap(one, (0, problem.axes))(z, problem)
 
         noise = AdditiveNoise(jnp.sqrt(jnp.asarray(2.0, state.dtype)) * eta, path)
         return diffrax.MultiTerm(diffrax.ODETerm(drift), noise)
@@ -229,7 +259,7 @@ def gauge(
 
 
 def check_stock(
-    solver: diffrax.AbstractSolver | ReverseSDE, process: Process, times: Array
+    solver: diffrax.AbstractSolver | ReverseSDE, process: GaussianProcess, times: Array
 ) -> None:
     """Reject solvers of other equations, and stages at sigma = 0, which divide zero by zero.
 
@@ -244,7 +274,7 @@ def check_stock(
         )
     if not isinstance(solver, ReverseSDE):
         count_evaluations(solver, 0)
-    if isinstance(times, jax.core.Tracer):
+    if not is_known(times):
         return
     last = np.asarray(times).min()
     if is_silent(process, last):

@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from jaxdiff._tree import number
 from jaxdiff.denoiser import Preconditioning, TimeLabel
-from jaxdiff.processes import Process
+from jaxdiff.processes import GaussianProcess
 
 
 class SharedTimes(Preconditioning):
@@ -49,7 +49,7 @@ class SharedTimes(Preconditioning):
                 "to share nothing."
             )
 
-    def shared_time(self, process: Process, t: Array) -> Array:
+    def shared_time(self, process: GaussianProcess, t: Array) -> Array:
         """f(t), elementwise: the time that the network is told."""
         edges = jnp.linspace(0.0, self.threshold, self.num_intervals + 1, dtype=t.dtype)
         # Looked up rather than computed by floor(n t / threshold), whose rounding may put an
@@ -58,10 +58,10 @@ class SharedTimes(Preconditioning):
         shared = jnp.maximum(left, process.t_min).astype(t.dtype)
         return jnp.where(t < edges[-1], shared, t)
 
-    def scale(self, process: Process, t: Array) -> Array:
+    def scale(self, process: GaussianProcess, t: Array) -> Array:
         """The base's scale at the true t."""
         return self.base.scale(process, t)
 
-    def label(self, process: Process, t: Array) -> Array:
+    def label(self, process: GaussianProcess, t: Array) -> Array:
         """The base's label at f(t)."""
         return self.base.label(process, self.shared_time(process, t))

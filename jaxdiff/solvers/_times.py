@@ -1,12 +1,14 @@
 """What a time grid must be."""
 
-import jax
-import jax.core
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from jaxdiff.processes import Process
+from jaxdiff._checks import check_count
+from jaxdiff._tree import as_float_array, is_known
+from jaxdiff.processes import GaussianProcess
 
 
 def check_monotone(times: ArrayLike, *, increasing: bool = False, name: str = "times") -> Array:
@@ -16,15 +18,13 @@ def check_monotone(times: ArrayLike, *, increasing: bool = False, name: str = "t
         ValueError: if it is not one-dimensional with two or more entries and strictly monotone in
             the direction asked for.
     """
-    times = jnp.asarray(times)
+    times = as_float_array(times)
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(
             f"`{name}` must be a one-dimensional grid of at least two times, got shape "
             f"{times.shape}."
         )
-    if not jnp.issubdtype(times.dtype, jnp.floating):
-        times = times.astype(jnp.result_type(float))
-    if isinstance(times, jax.core.Tracer):
+    if not is_known(times):
         return times
     # In numpy, because jax would trace even a constant inside jit.
     values = np.asarray(times)
@@ -39,7 +39,7 @@ def check_monotone(times: ArrayLike, *, increasing: bool = False, name: str = "t
     return times
 
 
-def check_times(process: Process, times: ArrayLike, *, increasing: bool = False) -> Array:
+def check_times(process: GaussianProcess, times: ArrayLike, *, increasing: bool = False) -> Array:
     """The grid as an array, after checking what can be known of it.
 
     Raises:
@@ -47,7 +47,7 @@ def check_times(process: Process, times: ArrayLike, *, increasing: bool = False)
             the direction asked for, and inside `[0, horizon]` of the process.
     """
     times = check_monotone(times, increasing=increasing)
-    if isinstance(times, jax.core.Tracer):
+    if not is_known(times):
         return times
     least, most = sorted(np.asarray(times)[[0, -1]])
     if least < 0 or most > process.horizon * (1 + 1e-6):
@@ -59,20 +59,20 @@ def check_times(process: Process, times: ArrayLike, *, increasing: bool = False)
 
 
 def check_grids(
-    process: Process, times: ArrayLike, num_samples: int, *, increasing: bool = False
+    process: GaussianProcess, times: ArrayLike, num_samples: int, *, increasing: bool = False
 ) -> Array:
     """One grid per example, `(num_samples, num_steps + 1)`, checked like `check_times`.
 
     Raises:
         ValueError: if there are more or fewer, or one of them is not a grid.
     """
-    times = jnp.asarray(times)
+    times = as_float_array(times)
     if times.shape[0] != num_samples:
         raise ValueError(
             f"`times` of two axes must hold one grid per example, {num_samples}, got shape "
             f"{times.shape}."
         )
-    if not isinstance(times, jax.core.Tracer):
+    if is_known(times):
         values = np.asarray(times)
         gaps = np.diff(values) * (1 if increasing else -1)
         # The worst of them speak for all.
@@ -81,7 +81,7 @@ def check_grids(
     return times
 
 
-def clip_times(process: Process, times: ArrayLike) -> Array:
+def clip_times(process: GaussianProcess, times: ArrayLike) -> Array:
     """A decreasing grid with its ends clipped to [t_min, t_max], where log-SNR is finite.
 
     Raises:
@@ -89,7 +89,7 @@ def clip_times(process: Process, times: ArrayLike) -> Array:
     """
     times = check_times(process, times)
     clipped = jnp.clip(times, process.t_min, process.t_max)
-    if not isinstance(clipped, jax.core.Tracer) and np.any(np.diff(clipped) == 0):
+    if is_known(clipped) and np.any(np.diff(clipped) == 0):
         raise ValueError(
             f"`times` must have at most one time at or below t_min={process.t_min:g}, and one at "
             f"or above t_max={process.t_max:g}, got "
@@ -98,23 +98,51 @@ def clip_times(process: Process, times: ArrayLike) -> Array:
     return clipped
 
 
+# The largest noise level that a solver in k = sigma / alpha starts from: EDM's 80 for data of
+# standard deviation 0.5.
+_LARGEST_LEVEL = 160.0
+
+
+def bounded_start(process: GaussianProcess, num_steps: int, t_end: float) -> Array:
+    """The grid customary for the process, from a noise level sigma / alpha of 160 at most.
+
+    For solvers whose steps are straight in k = sigma / alpha. Where alpha vanishes at the start,
+    as it does of the cosine schedule, k there is in the thousands, and the first of few steps in
+    k jumps over all of the trajectory.
+    """
+    limit = process.time(-2 * jnp.log(jnp.asarray(_LARGEST_LEVEL, jnp.result_type(float))))
+    grid = process.times(num_steps, t_end)
+    # The same grid as the process's, moved and stretched to its new first time.
+    start = jnp.minimum(limit, grid[0])
+    moved = t_end + (grid - t_end) * ((start - t_end) / (grid[0] - t_end))
+    return jnp.where(limit < grid[0], moved, grid).at[-1].set(t_end)
+
+
 def resolve_times(
-    process: Process, times: int | ArrayLike, *, t_end: float = 0.0, increasing: bool = False
+    process: GaussianProcess,
+    times: int | ArrayLike,
+    *,
+    t_end: float = 0.0,
+    increasing: bool = False,
+    customary: Callable[[GaussianProcess, int, float], Array] | None = None,
 ) -> Array:
-    """A number of steps becomes the grid customary for the process; a grid is checked.
+    """A number of steps becomes a customary grid; a grid is checked.
 
     Args:
         process: the forward process.
-        times: number of steps, or a grid.
+        times: number of steps, an integer of any kind, or a grid.
         t_end: where a customary grid ends.
         increasing: whether the grid runs from data to noise.
+        customary: `(process, num_steps, t_end) -> grid`, such as a solver's `default_times`; None
+            for the process's own.
 
     Raises:
         ValueError: see `check_times`.
     """
-    if isinstance(times, int):
-        if times < 1:
-            raise ValueError(f"`times` must be at least one step, got {times}.")
-        grid = process.times(times, t_end)
+    if jnp.ndim(times) == 0:
+        count = check_count("times", times, instead="Pass a number of steps, or a grid of times.")
+        grid = (
+            process.times(count, t_end) if customary is None else customary(process, count, t_end)
+        )
         times = grid[::-1] if increasing else grid
     return check_times(process, times, increasing=increasing)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import check_key, traced_floats
+from jaxdiff._checks import check_key
+from jaxdiff._tree import traced_floats
 from jaxdiff.training._ema import EMA
 
 

@@ -154,7 +154,7 @@ def test_mixing_time_reads_the_path_of_an_inversion(x64):
     oracle = oracles.gaussian(process, jnp.zeros(3), 0.5 * jnp.eye(3))
     images = jax.random.normal(jax.random.key(0), (8, 3))
     saveat = diffrax.SaveAt(t0=True, steps=True)
-    path = jaxdiff.invert(oracle, images, times=40, saveat=saveat).path
+    path = jaxdiff.invert(oracle, images, times=40, saveat=saveat).trajectory
     found = jax.jit(lambda path: mixing_time(process, path.t[0], path.x, tolerance=0.2))(path)
     assert found.radius.shape == (41,) and 0 < found.index < 40
 

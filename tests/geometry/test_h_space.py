@@ -29,7 +29,7 @@ def activations(denoiser, count):
     """h = A x along the trajectories, from the states alone."""
     saveat = diffrax.SaveAt(t0=True, steps=True)
     times = jnp.asarray(TIMES)
-    path = jaxdiff.sample(KEY, denoiser, (4,), count, times=times, saveat=saveat).path
+    path = jaxdiff.sample(KEY, denoiser, (4,), count, times=times, saveat=saveat).trajectory
     return np.asarray(path.x[:, :-1] @ denoiser.network.encoder.T)
 
 
@@ -118,7 +118,7 @@ def test_activations_of_a_network_with_conditions():
     options = dict(tap="block.0", cond=cond, times=times)
     got, h = trajectory_activations(KEY, denoiser, (2,), 4, **options)
     saveat = diffrax.SaveAt(t0=True, steps=True)
-    path = jaxdiff.sample(KEY, denoiser, (2,), 4, cond=cond, times=times, saveat=saveat).path
+    path = jaxdiff.sample(KEY, denoiser, (2,), 4, cond=cond, times=times, saveat=saveat).trajectory
 
     @jax.jit
     @jax.vmap

@@ -10,7 +10,7 @@ KEY = jax.random.key(0)
 RHO = 1e-3
 
 
-class Half(processes.Process):
+class Half(processes.GaussianProcess):
     """Half the signal, at every time: alpha stays away from 1 as the noise vanishes."""
 
     t_min: float = 1e-4

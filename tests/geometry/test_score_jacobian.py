@@ -27,7 +27,7 @@ effective = jax.jit(effective_dimension, static_argnames="trace")
 on_data = jax.jit(density_dimension)
 
 
-class Half(processes.Process):
+class Half(processes.GaussianProcess):
     """Half the signal, at every time: alpha stays away from 1 as the noise vanishes."""
 
     t_min: float = 1e-4

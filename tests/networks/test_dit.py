@@ -9,7 +9,7 @@ from scipy.special import softmax
 
 from jaxdiff.networks import DIT_SIZES, DiT, num_params, read_taps
 from jaxdiff.networks._dit import DiTBlock, position_embedding
-from jaxdiff.networks._taps import Tap
+from jaxdiff.taps import Tap
 
 X = jnp.sin(jnp.arange(32.0)).reshape(4, 4, 2)
 T = jnp.float32(3.0)

@@ -9,8 +9,8 @@ from scipy.signal import correlate2d
 from scipy.special import expit, softmax
 
 from jaxdiff.networks import UNet, num_params, read_taps
-from jaxdiff.networks._taps import Tap
 from jaxdiff.networks._unet import AttentionBlock, GroupNorm, ResBlock, downsample, upsample
+from jaxdiff.taps import Tap
 
 X = jnp.sin(jnp.arange(16.0)).reshape(4, 4, 1)
 T = jnp.float32(3.0)

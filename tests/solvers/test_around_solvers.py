@@ -89,11 +89,11 @@ def test_bases_with_a_memory_are_refused(base, wrap):
 
 
 def test_wrong_intervals_are_named():
-    with pytest.raises(ValueError, match="`high` must be above `low` = 0.5, got 0.3"):
+    with pytest.raises(ValueError, match="`k_high` must be above 0.5, got 0.3"):
         solvers.RestartInterval(0.5, 0.3)
-    with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
+    with pytest.raises(ValueError, match="`num_steps` must be at least 1, got 0"):
         solvers.RestartInterval(num_steps=0)
-    with pytest.raises(ValueError, match="`num_corrections` must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="`num_corrections` must be at least 0, got -1"):
         solvers.PredictorCorrector(num_corrections=-1)
 
 
@@ -114,7 +114,7 @@ def test_langevin_corrections_reach_the_marginal_up_to_their_bias(x64, process, 
     many = Many(*[getattr(oracle, f) for f in oracle.__dataclass_fields__])
     problem = solvers.Problem(many, None, jax.random.key(0), jnp.stack([t, t / 2]), -1)
     solver = solvers.PredictorCorrector(num_corrections=1, snr=snr)
-    correct = lambda i, x: solver.correct(problem, x, t, jax.random.fold_in(problem.key, i))
+    correct = lambda i, x: solver.langevin(problem, x, t, jax.random.fold_in(problem.key, i)).x
     x = jax.jit(lambda x: jax.lax.fori_loop(0, 200, correct, x))(jnp.full(size, 3.0))
     np.testing.assert_allclose(x.var(), marginal * (1 + snr**2), rtol=5 * np.sqrt(2 / size))
     np.testing.assert_allclose(x.mean(), process.alpha(t) * 0.5, atol=5 * np.sqrt(2 / size))

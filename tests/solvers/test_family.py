@@ -303,7 +303,7 @@ def test_last_step_to_zero_returns_the_denoiser(x64, solver):
         (lambda: solvers.DPMSolverMultistep(4), ValueError, "`order`.*1 to 3, got 4"),
         (lambda: solvers.UniPC(5), ValueError, "`order`.*1 to 4, got 5"),
         (lambda: solvers.UniPC(variant="b3"), ValueError, "`variant`.*bh1, bh2, got 'b3'"),
-        (lambda: solvers.DEIS(clock="sigma"), ValueError, "`clock`.*log_noise_level"),
+        (lambda: solvers.DEIS(variable="sigma"), ValueError, "`variable`.*log_noise_level"),
         (lambda: solvers.DPMSolver(2, r1=1.5), ValueError, "0 < r1 < r2 < 1"),
         (lambda: solvers.SASolver(1, 3), ValueError, "`corrector_order`.*0 to 2"),
         (lambda: solvers.DPMSolverMultistep(2, solvers.DDIM()), TypeError, "X0.*Eps"),

@@ -31,7 +31,7 @@ def check_retraces(solver, oracle, times, tolerance, back_again):
     forth = jaxdiff.sample(KEY, oracle, (2,), 8, solver=solver, times=times, **run)
     run = {"solver": solver, "times": times[::-1]}
     back = jaxdiff.invert(oracle, forth.x, memory=forth.memory, **run)
-    assert largest(back.x - forth.path.x[:, 0]) < tolerance
+    assert largest(back.x - forth.trajectory.x[:, 0]) < tolerance
     if back_again:
         run = {"solver": solver, "times": times, "memory": back.memory}
         again = jaxdiff.denoise(KEY, oracle, back.x, **run)
@@ -223,11 +223,11 @@ def test_a_nan_of_the_denoiser_is_not_hidden():
 @pytest.mark.parametrize(
     ("solver", "arguments", "message"),
     [
-        (solvers.BDIA, (0,), "`gamma` must be in .0, 1., got 0.0. Take 1.0"),
-        (solvers.BDIA, (float("nan"),), "`gamma` must be in"),
-        (solvers.EDICT, (0.0,), "`p` must be in .0, 1., got 0.0. Take the authors' 0.93"),
-        (solvers.FixedPointInversion, (0,), "`num_iterations` must be an integer .* got 0"),
-        (solvers.RNRI, (2.5,), "`num_iterations` must be an integer .* got 2.5"),
+        (solvers.BDIA, (0,), "`gamma` must be above 0 and at most 1, got 0. Take 1.0"),
+        (solvers.BDIA, (float("nan"),), "`gamma` must be above 0 .* got nan"),
+        (solvers.EDICT, (0.0,), "`p` must be above 0 .* got 0. Take the authors' 0.93"),
+        (solvers.FixedPointInversion, (0,), "`num_iterations` must be at least 1, got 0"),
+        (solvers.RNRI, (0,), "`num_iterations` must be at least 1, got 0. Use DDIM"),
         (solvers.RNRI, (3, -0.1), "`weight` must be at least 0, got -0.1. Take 0.0"),
     ],
 )

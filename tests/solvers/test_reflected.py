@@ -278,5 +278,5 @@ def test_a_box_that_is_never_left_changes_nothing():
 
 
 def test_faces_in_the_wrong_order_are_named():
-    with pytest.raises(ValueError, match=r"`high` must be above `low` = 1.0, got -1.0"):
+    with pytest.raises(ValueError, match=r"`high` must be above 1, got -1"):
         Reflected(solvers.DDIM(), 1, -1)

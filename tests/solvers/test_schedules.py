@@ -76,7 +76,7 @@ def test_bad_tables_and_spacings_are_refused():
         ("must lie inside", lambda: solvers.discrete_times(process, 1000, offset=1)),
         (r"Pass times\[::-1\]", lambda: solvers.table_times(process, [1, 5], t_end=1.0)),
         ("must lie inside", lambda: solvers.table_times(process, [5, 1], t_end=-0.1)),
-        ("must be positive", lambda: solvers.shifted_times([1.0, 0.0], 0)),
+        ("`shift` must be above 0", lambda: solvers.shifted_times([1.0, 0.0], 0)),
         ("one-dimensional", lambda: solvers.interpolate_times(process, 0.5, 3)),
         ("at most one", lambda: solvers.interpolate_times(process, [1.0, 1e-3, 0.0], 3)),
     ]:

@@ -105,6 +105,11 @@ class EditedNetwork(eqx.Module):
     network: Callable[..., Array]
     edits: dict[str, Callable[[Array], Array]] = eqx.field(converter=_as_pytrees)
 
+    def check_cond(self, cond: PyTree) -> None:
+        """What the network itself checks of its conditions."""
+        if hasattr(self.network, "check_cond"):
+            self.network.check_cond(cond)
+
     def __call__(
         self,
         x: Array,

@@ -1,0 +1,137 @@
+"""What every entry point checks of its arguments, where their values are known."""
+
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._tree import is_known
+
+
+def check_key(key: PRNGKeyArray, argument: str = "key") -> None:
+    """Reject anything but one typed PRNG key.
+
+    Raises:
+        TypeError: for legacy uint32 keys, batches of keys, and anything else.
+    """
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed:
+        got = f"{type(key).__name__} of dtype {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(
+            f"`{argument}` must be a typed PRNG key, got {got}. "
+            "Make one with jax.random.key(seed), or wrap a legacy key with "
+            "jax.random.wrap_key_data."
+        )
+    if key.shape != ():
+        raise TypeError(
+            f"`{argument}` must be a single PRNG key, got a batch of shape {key.shape}. "
+            "Pass one key; example i draws from fold_in(key, i)."
+        )
+
+
+def check_cond(cond: PyTree, num_samples: int) -> None:
+    """Reject conditions that are not one per example.
+
+    Raises:
+        ValueError: if a leaf lacks the leading axis.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_samples:
+            where = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"`cond{where}` must have a leading axis of one entry per example, {num_samples}, "
+                f"got shape {jnp.shape(leaf)}. Repeat a shared condition with jnp.broadcast_to."
+            )
+
+
+def check_finite(x: Array) -> None:
+    """Reject states that hold NaN or infinity, where that can be known.
+
+    Raises:
+        ValueError: if `x` is not finite.
+    """
+    if not is_known(x):
+        return
+    # In numpy, because jax would trace even a constant inside jit.
+    bad = int(np.sum(~np.isfinite(np.asarray(x, float))))
+    if bad:
+        raise ValueError(
+            f"`x` must be finite, got {bad} of {x.size} entries that are NaN or infinite. Drop "
+            "those examples, or check what made them."
+        )
+
+
+def check_count(argument: str, value: Any, *, least: int = 1, instead: str = "") -> int:
+    """A whole number of any kind as a Python int, after checking that it is large enough.
+
+    Args:
+        argument: what an error calls it.
+        value: the number.
+        least: the smallest that is allowed.
+        instead: what an error proposes.
+
+    Raises:
+        TypeError: for anything but a whole number.
+        ValueError: for one that is too small.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{argument}` must be a whole number, got {value!r}. {instead}") from None
+    if count < least:
+        raise ValueError(f"`{argument}` must be at least {least}, got {count}. {instead}".rstrip())
+    return count
+
+
+def check_number(
+    argument: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    finite: bool = True,
+    instead: str = "",
+) -> None:
+    """Reject a number outside its range; what is traced or an array passes.
+
+    Args:
+        argument: what an error calls it.
+        value: the number.
+        above: it must be larger.
+        least: it must not be smaller.
+        below: it must be smaller.
+        most: it must not be larger.
+        finite: whether infinity is refused.
+        instead: what an error proposes.
+
+    Raises:
+        TypeError: for a string or another thing that is no number.
+        ValueError: for NaN, or a number out of range.
+    """
+    if not isinstance(value, float):
+        # Leaves of a module are also placeholders of transformations: only what surely is no
+        # number is refused.
+        if isinstance(value, (str, bool)):
+            raise TypeError(f"`{argument}` must be a number, got {value!r}. {instead}".rstrip())
+        return
+    outside = value < least or value > most or value <= above > -math.inf
+    outside |= value >= below < math.inf
+    if math.isnan(value) or finite and math.isinf(value) or outside:
+        wanted = [
+            f"{word} {limit:g}"
+            for word, limit in (
+                ("above", above),
+                ("at least", least),
+                ("below", below),
+                ("at most", most),
+            )
+            if math.isfinite(limit)
+        ]
+        wanted = " and ".join(wanted) or "finite"
+        raise ValueError(f"`{argument}` must be {wanted}, got {value:g}. {instead}".rstrip())

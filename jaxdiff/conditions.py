@@ -1,0 +1,132 @@
+"""Conditions: what goes to the network, and what maps of denoisers take for themselves.
+
+A condition is a pytree for one example. Where maps need data of their own beside the network's, a
+measurement or a mask, it is a mapping of named entries:
+
+    cond = {"label": classes, "y": measurements}        # with a leading axis, as any condition
+
+A map takes its entries with `take` and hands the rest on; what remains goes to the network. A
+condition that is no mapping is the network's `label`, and a mapping that holds `label` alone is
+that label again. Null conditions replace the network's entries and leave those of maps.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxdiff._tree import is_known
+
+LABEL = "label"
+
+
+def as_entries(cond: PyTree) -> dict[str, PyTree]:
+    """A condition by name: a mapping as it is, None as no entry, anything else as the label."""
+    if cond is None:
+        return {}
+    return dict(cond) if isinstance(cond, Mapping) else {LABEL: cond}
+
+
+def from_entries(entries: Mapping[str, PyTree]) -> PyTree:
+    """The condition of these entries: None without any, and the label itself where it is alone."""
+    if not entries:
+        return None
+    return entries[LABEL] if set(entries) == {LABEL} else dict(entries)
+
+
+def take(cond: PyTree, *names: str, by: str) -> tuple[PyTree, ...]:
+    """The entries of a map of denoisers, and the condition without them.
+
+        y, mask, cond = take(cond, "y", "mask", by="Inpainting")
+
+    Args:
+        cond: the condition of one example.
+        names: the entries the map takes.
+        by: who takes them, for the error.
+
+    Returns:
+        The entries in order, then what remains for the base.
+
+    Raises:
+        ValueError: if an entry is missing.
+    """
+    entries = as_entries(cond)
+    missing = [name for name in names if name not in entries]
+    if missing:
+        raise ValueError(
+            f"`cond` must have the entries {', '.join(map(repr, names))} for {by}, got "
+            f"{sorted(entries) or 'no condition'}. Pass a mapping with one row per example, e.g. "
+            f"cond={{{', '.join(f'{name!r}: ...' for name in names)}, 'label': ...}}."
+        )
+    rest = {name: value for name, value in entries.items() if name not in names}
+    return *(entries[name] for name in names), from_entries(rest)
+
+
+def check_taken(cond: PyTree, known: tuple[str, ...], by: str) -> dict[str, PyTree]:
+    """The entries of the condition that reached a network, all of which it must know.
+
+    Raises:
+        ValueError: naming an entry that nobody took.
+    """
+    entries = as_entries(cond)
+    for name in entries:
+        if name not in known:
+            expected = ", ".join(map(repr, known)) or "nothing"
+            raise ValueError(
+                f"`cond` has an entry {name!r} that nobody takes: {by} takes {expected}. Remove "
+                "it, or put the map that takes it around the denoiser."
+            )
+    return entries
+
+
+def check_labels(labels: PyTree, num_classes: int) -> None:
+    """Reject class labels outside [0, num_classes], the last being the null label, where known.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for leaf in jax.tree.leaves(labels):
+        if not is_known(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
+            continue
+        values = np.asarray(leaf)
+        outside = values[(values < 0) | (values > num_classes)]
+        if outside.size:
+            raise ValueError(
+                f"Labels must lie in [0, {num_classes - 1}], or be {num_classes} for none, got "
+                f"{outside.flat[0]}."
+            )
+
+
+def null_where(drop: Array, cond: PyTree, null_cond: PyTree) -> PyTree:
+    """The condition, with the network's entries replaced by their null values where `drop` is.
+
+    Args:
+        drop: scalar, whether to replace.
+        cond: the condition of one example.
+        null_cond: what means "none": a mapping of entries of the network, or its label. Values
+            are broadcast to what they replace; entries that it does not name stay.
+
+    Raises:
+        ValueError: for a null entry that the condition does not have.
+    """
+    entries, nulls = as_entries(cond), as_entries(null_cond)
+    if missing := sorted(set(nulls) - set(entries)):
+        raise ValueError(
+            f"`null_cond` replaces the entries {sorted(nulls)} of a condition, got one without "
+            f"{missing}: {sorted(entries) or 'no condition'}. Pass `cond` for every example."
+        )
+
+    def choose(null, value):
+        null = jnp.broadcast_to(jnp.asarray(null, jnp.result_type(value)), jnp.shape(value))
+        return jnp.where(drop, null, value)
+
+    for name, null in nulls.items():
+        value, structure = entries[name], jax.tree.structure(entries[name])
+        # One null value may serve a whole pytree.
+        alike = jax.tree.structure(null) == structure
+        by_leaf = jax.tree.leaves(null) if alike else [null] * structure.num_leaves
+        chosen = map(choose, by_leaf, jax.tree.leaves(value))
+        entries[name] = jax.tree.unflatten(structure, list(chosen))
+    return from_entries(entries)

@@ -1,0 +1,179 @@
+"""Denoisers that draw, remember or decide once a step of a solver.
+
+A solver tells every `Stepwise` inside its denoiser, wherever it stands in a nest of maps, which
+step it is in. All evaluations of one step, the inner stages of a method of several among them,
+see the same step: the same key, the same memory, the same decision.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+
+# Keys of maps are folded in from here on, far from the indices that a solver may fold in.
+_FIRST_SLOT = 2**31
+
+
+class Step(eqx.Module):
+    """One step of one example, from time t to time s: what a solver and a `Stepwise` map know.
+
+    Attributes:
+        t: current time.
+        s: target time.
+        key: the step's own key; a map's own, other than the solver's. None where nothing is
+            random.
+        plan: this step's row of the solver's `plan`; None for maps.
+        memory: what the previous step left: the solver's, or the map's.
+        index: number of the step on its grid, or None.
+        notes: what the previous step left for the maps inside the denoiser, by slot.
+        shared: of a population, the step's key that all particles see; or None.
+    """
+
+    t: Array
+    s: Array
+    key: PRNGKeyArray | None
+    plan: PyTree = None
+    memory: PyTree = None
+    index: Array | None = None
+    notes: dict[int, PyTree] = eqx.field(default_factory=dict)
+    shared: PRNGKeyArray | None = None
+
+    @property
+    def axes(self) -> "Step":
+        """Which parts belong to the examples of a batch, for `jax.vmap`."""
+        own = 0 if jnp.ndim(self.t) else None
+        return Step(own, own, 0, own, 0, None, 0, None)
+
+
+class Stepwise(DenoiserMap):
+    """Base of the maps that draw, remember or decide once a step.
+
+    A map reads `self.step`: draw with `self.step.key`, decide by `self.step.t` or
+    `self.step.index`, and find in `self.step.memory` what `init_memory` made before the first step
+    and `remember` left after that. What the first evaluation of a step remembers counts; those of
+    later stages are forgotten. A decision that examples share, such as one by the time of a shared
+    grid, goes through `jax.lax.cond` and skips what is not needed; `evaluations` may depend on
+    the step, so that the count is right.
+
+    Only the solvers of this library tell a map its step. Without one, where the map is called
+    directly, `bound` is None, and `self.step` an error; a map that has a meaning without steps
+    looks at `bound`. Stock diffrax solvers, `invert` and `log_likelihood` refuse these maps.
+    """
+
+    bound: Step | None = eqx.field(default=None, kw_only=True)
+    slot: int | None = eqx.field(default=None, kw_only=True, static=True)
+
+    @property
+    def step(self) -> Step:
+        """The step that is being made."""
+        if self.bound is None:
+            name = type(self).__name__
+            raise TypeError(
+                f"`{name}` draws, remembers or decides once a step, and was called outside of one. "
+                "Sample it with a solver of this library."
+            )
+        return self.bound
+
+    def init_memory(self, x: Array) -> PyTree:
+        """What the first step finds in `step.memory`, for one example x `(*event)`."""
+        del x
+
+    def remember(self, found: Estimate, memory: PyTree) -> Estimate:
+        """The estimate, with what the next step is to find in `step.memory`."""
+        if self.slot is None:
+            return found
+        return dataclasses.replace(found, notes={**found.notes, self.slot: memory})
+
+
+def stepwise_maps(denoiser: PyTree) -> list[Stepwise]:
+    """Every `Stepwise` inside, in the order of their slots."""
+    found = []
+
+    def note(node):
+        found.append(node)
+        return node
+
+    _each(denoiser, note)
+    return found
+
+
+def _each(tree: PyTree, change: Callable[[Stepwise], Stepwise]) -> PyTree:
+    """The tree with every `Stepwise` inside changed, inner ones first."""
+
+    def visit(node):
+        if not isinstance(node, Stepwise):
+            return node
+
+        def inside(child):
+            return isinstance(child, Stepwise) and child is not node
+
+        return change(jax.tree.map(visit, node, is_leaf=inside))
+
+    return jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, Stepwise))
+
+
+def init_notes(denoiser: Denoiser, x: Array) -> dict[int, PyTree]:
+    """What the maps inside find before the first step, by slot; none of those without memory."""
+    memories = {slot: node.init_memory(x) for slot, node in enumerate(stepwise_maps(denoiser))}
+    return {slot: memory for slot, memory in memories.items() if memory is not None}
+
+
+def at_step(denoiser: Denoiser, step: Step) -> Denoiser:
+    """The denoiser whose maps know the step they are in."""
+    slots = itertools.count()
+
+    def bind(node):
+        slot = next(slots)
+        key = None if step.key is None else jax.random.fold_in(step.key, _FIRST_SLOT + slot)
+        own = Step(step.t, step.s, key, None, step.notes.get(slot), step.index)
+        return dataclasses.replace(node, bound=own, slot=slot)
+
+    return _each(denoiser, bind)
+
+
+def noted(denoiser: Denoiser) -> set[int]:
+    """Slots of the maps inside that know their step and have a memory."""
+    bound = (node for node in stepwise_maps(denoiser) if node.bound is not None)
+    return {node.slot for node in bound if node.bound.memory is not None}
+
+
+def check_remembered(denoiser: Denoiser, wanted: Iterable[int], notes: dict, asker: str) -> None:
+    """Reject an estimate, or a step, that lost what a map remembers.
+
+    Args:
+        denoiser: where the map is.
+        wanted: slots that should have been noted.
+        notes: those that were.
+        asker: who goes without, for the error.
+
+    Raises:
+        ValueError: naming the map.
+    """
+    for slot in wanted:
+        if slot not in notes:
+            name = type(stepwise_maps(denoiser)[slot]).__name__
+            raise ValueError(
+                f"What `{name}` remembers was lost on the way to {asker}. The map must call "
+                "`self.remember(found, memory)`; maps around it must return the notes of what they "
+                "call, by `found.replace(x0=...)`, of several by `notes={**a.notes, **b.notes}`; "
+                "and a solver those of its first estimate, as an ExplicitSolver does."
+            )
+
+
+def check_stepless(denoiser: Denoiser, by: str) -> None:
+    """Reject denoisers that need to know the step, where nobody can tell them.
+
+    Raises:
+        TypeError: naming the map.
+    """
+    for node in stepwise_maps(denoiser):
+        raise TypeError(
+            f"`{type(node).__name__}` draws, remembers or decides once a step, which {by} cannot "
+            "tell it. Sample it with a solver of this library."
+        )

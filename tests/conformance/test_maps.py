@@ -1,0 +1,207 @@
+"""What every map of denoisers promises, the library's own and those that others write."""
+
+import dataclasses
+import inspect
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import outside
+import pytest
+from cases import Counting, mixture, with_random_weights
+from flax import nnx
+
+import jaxdiff
+from jaxdiff import geometry, guidance, networks, processes, solvers
+from jaxdiff.stepwise import at_step, init_notes
+
+KEY = jax.random.key(0)
+COUNT, STEPS = 3, 5
+SOLVERS = (solvers.DDIM(), solvers.EDMHeun(), solvers.UniPC(2))
+
+
+class Weaker(jaxdiff.Denoiser):
+    """Half of another denoiser's answer: a second child."""
+
+    denoiser: jaxdiff.Denoiser
+
+    @property
+    def process(self):
+        return self.denoiser.process
+
+    def __call__(self, x, t, cond=None, *, key=None):
+        return 0.5 * self.denoiser(x, t, cond, key=key)
+
+
+# Every map, made from a base; and the evaluations it costs on five steps of DDIM.
+MAPS = {
+    "Clipped": (lambda base: jaxdiff.Clipped(base, -1.2, 1.2), 5),
+    "DynamicThresholding": (lambda base: jaxdiff.DynamicThresholding(base), 5),
+    "ClassifierFree": (lambda base: guidance.ClassifierFree(base, null_cond=2, scale=2.0), 10),
+    "EditedBetween": (
+        lambda base: geometry.EditedBetween(base, jaxdiff.Clipped(base, -1.2, 1.2), 0.25, 0.75),
+        5,
+    ),
+    "IndependentCondition": (outside.IndependentCondition, 10),
+    "NoisyCondition": (outside.NoisyCondition, 5),
+    "Latched": (outside.Latched, None),
+    "Momentum": (outside.Momentum, 10),
+    "Interval": (outside.Interval, 7),
+    "CFGPlusPlus": (outside.CFGPlusPlus, 10),
+    "Measured": (outside.Measured, 5),
+    "Autoguidance": (lambda base: outside.Autoguidance(base, Weaker(base)), 10),
+    "Ensemble": (lambda base: outside.Ensemble(base, (Weaker(base), Weaker(base))), 15),
+}
+each_map = pytest.mark.parametrize("name", MAPS)
+
+
+def cond_of(name, count=COUNT):
+    cond = {"label": jnp.arange(count) % 2}
+    rows = jnp.linspace(-0.5, 0.5, 2 * COUNT).reshape(COUNT, 2)[:count]
+    if name == "NoisyCondition":
+        cond["shift"] = rows
+    if name == "Measured":
+        cond |= {"y": rows, "mask": jnp.ones((count, 2))}
+    return cond
+
+
+def base(dtype=jnp.float32):
+    return mixture(processes.VP(), dtype)
+
+
+def run(name, denoiser, solver=solvers.DDIM(), count=COUNT, **options):
+    options = {"times": STEPS, "cond": cond_of(name, count), **options}
+    return jaxdiff.sample(KEY, denoiser, (2,), count, solver=solver, **options)
+
+
+def numbers(denoiser):
+    """Names of the fields that may be swept."""
+    return [
+        f.name for f in dataclasses.fields(denoiser) if isinstance(getattr(denoiser, f.name), float)
+    ]
+
+
+def test_no_map_is_missing():
+    public = {
+        value
+        for module in (jaxdiff, guidance, geometry)
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, jaxdiff.DenoiserMap)
+        and not getattr(value, "__abstractvars__", ())
+    }
+    # Reads a network's taps, which an oracle has not; tests of its own.
+    public -= {geometry.TimedOffset}
+    assert public <= {type(build(base())) for build, _ in MAPS.values()}
+
+
+@each_map
+def test_numbers_are_swept_and_evaluations_counted(x64, name):
+    """Floats, integers, NumPy's and JAX's scalars alike do not trace anew.
+
+    A sweep by vmap is the loop, and an example by itself is that of a batch.
+    """
+    build, expected = MAPS[name]
+    traces = []
+
+    class Traced(Counting):
+        def __call__(self, x, t, cond=None, *, key=None):
+            traces.append(1)
+            return super().__call__(x, t, cond, key=key)
+
+    counting = Traced(base(jnp.float64))
+    denoiser = build(counting)
+    alone, first = run(name, denoiser, count=1), len(traces)
+    jax.effects_barrier()
+    if expected is not None:
+        # Both branches of a batch of two are one call.
+        calls = len(counting.calls) * (2 if name == "ClassifierFree" else 1)
+        assert calls == int(alone.nfe[0]) == expected
+    for field in numbers(denoiser):
+        for value in (0, 0.75, np.float32(0.75), np.int64(0), jnp.float32(0.75)):
+            run(name, dataclasses.replace(denoiser, **{field: value}), count=1)
+            assert len(traces) == first > 0, (field, type(value))
+
+    denoiser = build(base(jnp.float64))
+    fields = numbers(denoiser)[:1]
+    if not fields:
+        swept = run(name, denoiser)
+        swept, nfe = swept.x[None], swept.nfe[None]
+    else:
+
+        def at(value):
+            out = run(name, eqx.tree_at(lambda d: getattr(d, fields[0]), denoiser, value))
+            return out.x, out.nfe
+
+        value = getattr(denoiser, fields[0])
+        swept, nfe = jax.jit(jax.vmap(at))(jnp.asarray([value, 0.8 * value, 0.5 * value]))
+        assert not np.allclose(swept[1], swept[2])
+    np.testing.assert_allclose(swept[0, 0], alone.x[0], rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(nfe[0, 0], alone.nfe[0])
+
+
+@each_map
+def test_with_three_solvers_and_two_other_maps(x64, name):
+    """Maps around it and inside that change nothing change nothing, and the cost is counted."""
+    build, oracle = MAPS[name][0], base(jnp.float64)
+    plain = build(oracle)
+    inside = build(jaxdiff.Clipped(oracle, -9.0, 9.0))
+    outside_ = guidance.ClassifierFree(plain, null_cond=2, scale=1.0)
+
+    @jax.jit
+    def final(plain, inside, outside_):
+        alone = [run(name, plain, solver) for solver in SOLVERS]
+        return alone, run(name, inside, SOLVERS[1]), run(name, outside_, SOLVERS[2])
+
+    alone, inside, around = final(plain, inside, outside_)
+    assert all(np.all(np.isfinite(out.x)) for out in alone)
+    assert not np.allclose(alone[0].x, alone[1].x)
+    np.testing.assert_allclose(inside.x, alone[1].x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(inside.nfe, alone[1].nfe)
+    np.testing.assert_allclose(around.x, alone[2].x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(around.nfe, 2 * alone[2].nfe)
+
+
+@each_map
+def test_dtypes_and_gradients(name):
+    denoiser = MAPS[name][0](base())
+    half = run(name, denoiser, dtype=jnp.bfloat16).x
+    assert half.dtype == jnp.bfloat16 and np.all(np.isfinite(np.asarray(half, np.float32)))
+
+    def final(arrays):
+        x = run(name, eqx.combine(arrays, rest)).x
+        return x.sum(), x
+
+    arrays, rest = eqx.partition(denoiser, eqx.is_inexact_array_like)
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    (_, x), slopes = jax.jit(jax.value_and_grad(final, has_aux=True))(arrays)
+    assert x.dtype == jnp.float32
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
+
+
+@each_map
+def test_taps_are_reached(name):
+    """Edits change the answer; reads come along with the estimate, or are refused by name."""
+    network = with_random_weights(
+        lambda: networks.MLP(2, hidden=8, num_blocks=1, num_classes=2, rngs=nnx.Rngs(0))
+    )
+    leaf = jaxdiff.NetworkDenoiser(network, processes.VP())
+    denoiser = MAPS[name][0](leaf)
+    x, t = jnp.asarray([0.3, -0.2]), jnp.asarray(0.5)
+    cond = jax.tree.map(lambda leaf: leaf[0], cond_of(name))
+    step = jaxdiff.Step(t, t / 2, KEY, notes=init_notes(denoiser, x))
+
+    @jax.jit
+    def look(denoiser):
+        return at_step(denoiser, step).estimate(x, t, cond)
+
+    edited = jaxdiff.edit_taps(denoiser, {"block.0": lambda h: 0 * h})
+    assert not np.allclose(look(edited).x0, look(denoiser).x0)
+    wanted = jaxdiff.reading(denoiser, ("block.0",))
+    if name == "Ensemble":
+        with pytest.raises(ValueError, match="`Ensemble` defines `__call__` alone.*taps"):
+            look(wanted)
+        return
+    direct = jaxdiff.reading(leaf, ("block.0",)).estimate(x, t, cond["label"])
+    np.testing.assert_allclose(look(wanted).taps["block.0"], direct.taps["block.0"], rtol=1e-5)
