@@ -28,6 +28,7 @@ format: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks.run
 	$(PY) -m benchmarks.geometry
+	$(PY) -m benchmarks.gradients
 
 # The orders of the solvers, for METHODS.md; minutes.
 orders: $(READY)

@@ -87,6 +87,18 @@ def check_count(argument: str, value: Any, *, least: int = 1, instead: str = "")
     return count
 
 
+def check_batch_size(batch_size: Any) -> int | None:
+    """How many examples to compute at a time, as a Python int, or None for all at once.
+
+    Raises:
+        TypeError: for anything but a whole number.
+        ValueError: for one below 1.
+    """
+    if batch_size is None:
+        return None
+    return check_count("batch_size", batch_size, instead="Leave it out for all at once.")
+
+
 def check_number(
     argument: str,
     value: Any,

@@ -84,6 +84,8 @@ def jit(fn: F) -> F:
     @functools.wraps(fn)
     def call(*args, **kwargs):
         leaves, structure = jax.tree.flatten((args, kwargs))
+        # A count from NumPy is a count.
+        leaves = [int(leaf) if isinstance(leaf, np.integer) else leaf for leaf in leaves]
         traced = [isinstance(leaf, _TRACED) for leaf in leaves]
         arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
         rest = tuple(
@@ -121,6 +123,11 @@ def chunked(run: Callable[..., PyTree], batch_size: int | None) -> Callable[...,
     The last row fills the last chunk, so that one program serves all of them. `jax.lax.map` has
     another for what is left over, which may run at the same time.
     """
+
+    if batch_size is not None and not batch_size >= 1:
+        raise ValueError(
+            f"`batch_size` must be at least 1, got {batch_size}. Leave it out for all at once."
+        )
 
     def mapped(*args):
         count = len(jax.tree.leaves(args)[0])

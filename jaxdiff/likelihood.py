@@ -20,7 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_cond, check_count, check_finite, check_key, check_number
+from jaxdiff._checks import (
+    check_batch_size,
+    check_cond,
+    check_count,
+    check_finite,
+    check_key,
+    check_number,
+)
 from jaxdiff._tree import as_float_array, as_number, batched, jit
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.solvers import _stock
@@ -164,8 +171,7 @@ def log_likelihood(
     check_finite(x)
     check_cond(cond, x.shape[0])
     denoiser.check_cond(cond)
-    if batch_size is not None:
-        check_count("batch_size", batch_size, instead="Leave it out for all at once.")
+    check_batch_size(batch_size)
     times = _resolve(solver, denoiser.process, times, stepsize_controller)
     return _log_likelihood(
         key if trace.stochastic else None, x, cond, denoiser, times, trace, solver=solver,

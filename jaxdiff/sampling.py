@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_cond, check_count, check_finite, check_key
+from jaxdiff._checks import check_batch_size, check_cond, check_count, check_finite, check_key
 from jaxdiff._tree import as_float_array, chunked, is_known, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.flow_map import FlowMap
@@ -146,7 +146,7 @@ def _integrate(problem: Problem, x: Array, memory, notes, options: _Options) -> 
         )
 
     first, steps = 0, 0
-    if last_k is not None and last_k < problem.num_steps:
+    if last_k not in (None, problem.num_steps):
         # Two runs, of which the first is a constant.
         first = problem.num_steps - last_k
         constant = jax.lax.stop_gradient((problem, initial, state))
@@ -257,13 +257,21 @@ def _resolve(model, times, solver, num_samples, *, increasing=False) -> Array:
         times = check_grids(process, times, num_samples, increasing=increasing)
     else:
         t_end = 0.0 if own and not increasing else process.t_min
-        customary = solver.default_times if own and not increasing else None
+        customary = solver.default_times if own else None
         times = resolve_times(
             process, times, t_end=t_end, increasing=increasing, customary=customary
         )
     if not own:
         _stock.check_stock(solver, process, times)
     return times
+
+
+def _check_last_k(last_k, times) -> None:
+    if last_k is not None and last_k > times.shape[-1] - 1:
+        raise ValueError(
+            f"`last_k` must be at most the number of steps {times.shape[-1] - 1}, got {last_k}. "
+            "Leave it out to differentiate through all of them."
+        )
 
 
 def _check_options(model, times, num_samples, batch_size, options: _Options) -> None:
@@ -289,8 +297,7 @@ def _check_options(model, times, num_samples, batch_size, options: _Options) -> 
                 "`last_k` needs a fixed grid and no `saveat`, got both or one of them. Leave "
                 "`last_k` out to differentiate through all steps."
             )
-    if batch_size is not None:
-        check_count("batch_size", batch_size, instead="Leave it out for all at once.")
+    check_batch_size(batch_size)
     if isinstance(solver, PopulationSolver):
         for argument, count in (("num_samples", num_samples), ("batch_size", batch_size)):
             if count is not None and count % solver.size:
@@ -387,6 +394,7 @@ def sample(
             f"{first_index}."
         )
     times = _resolve(denoiser, times, solver, num_samples)
+    _check_last_k(last_k, times)
     indices = first_index + jnp.arange(num_samples)
     if sharding is not None:
         indices, cond = jax.device_put((indices, cond), sharding)
@@ -519,6 +527,7 @@ def _run(key, model, x, memory, notes, cond, times, options, batch_size, directi
     model.check_cond(cond)
     check_finite(x)
     times = _resolve(model, times, solver, count, increasing=direction == 1)
+    _check_last_k(options.last_k, times)
     if isinstance(solver, DiffusionSolver):
         solver.check_start(model.process, times, memory)
     return _continue(

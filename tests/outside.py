@@ -210,13 +210,14 @@ class Projected(solvers.SolverWrapper):
     """Looks at x0_hat, moves it onto a line, and steps from there: one evaluation."""
 
     base: solvers.DiffusionSolver = solvers.DDIM()
-    normal: jax.Array = eqx.field(default=None)
+    normal: jax.Array | None = None
+    share: float = jaxdiff.number(1.0)
 
     def update(self, problem, x, step):
         found = problem.estimate(x, step.t)
         normal = jnp.ones_like(found.x0) if self.normal is None else self.normal
         off = jnp.sum(normal * found.x0) / jnp.sum(normal**2)
-        changed = found.replace(x0=found.x0 - off * normal)
+        changed = found.replace(x0=found.x0 - self.share * off * normal)
         return self.advance_base(problem, x, step, changed)
 
 
@@ -250,20 +251,3 @@ class Resampled(solvers.PopulationSolver):
         chosen = jnp.where(self.strength == 0, jnp.arange(self.size), chosen)
         kept = jax.tree.map(lambda a: a[chosen], (moved.x, moved.memory, moved.notes))
         return solvers.Moved(kept[0], kept[1], moved.nfe, kept[2])
-
-
-# What the conformance suites run beside the library's own: on an oracle in two classes.
-def maps(oracle):
-    """Every map above around an oracle of two classes, and what it costs and takes."""
-    weak = eqx.tree_at(lambda o: o.means, oracle, 0.5 * oracle.means)
-    return {
-        "IndependentCondition": IndependentCondition(oracle),
-        "NoisyCondition": NoisyCondition(oracle),
-        "Latched": Latched(oracle),
-        "Momentum": Momentum(oracle),
-        "Interval": Interval(oracle),
-        "CFGPlusPlus": CFGPlusPlus(oracle),
-        "Measured": Measured(oracle),
-        "Autoguidance": Autoguidance(oracle, weak),
-        "Ensemble": Ensemble(oracle, (weak, weak)),
-    }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_cond
+from jaxdiff._checks import check_cond, check_count
 from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser, find_network
 from jaxdiff.geometry._features import TapFeature, TapResponse
@@ -180,6 +180,7 @@ def h_space_pca_per_step(
 def _activations(key, denoiser, shape, num_samples, cond, batch_size, options) -> Iterator:
     """Times and activations `(b, num_steps, *h)`, batch by batch."""
     check_cond(cond, num_samples)
+    batch_size = check_count("batch_size", batch_size)
     for start in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - start)
         own = jax.tree.map(operator.itemgetter(slice(start, start + count)), cond)

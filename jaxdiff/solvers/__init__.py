@@ -19,7 +19,9 @@ from jaxdiff.solvers._base import Problem as Problem
 from jaxdiff.solvers._bdia import BDIA as BDIA
 from jaxdiff.solvers._ddim import DDIM as DDIM
 from jaxdiff.solvers._deis import DEIS as DEIS
+from jaxdiff.solvers._dmcmc import ChainState as ChainState
 from jaxdiff.solvers._dmcmc import ChainStates as ChainStates
+from jaxdiff.solvers._dmcmc import LangevinGibbs as LangevinGibbs
 from jaxdiff.solvers._dmcmc import OracleNoisePosterior as OracleNoisePosterior
 from jaxdiff.solvers._dmcmc import langevin_gibbs as langevin_gibbs
 from jaxdiff.solvers._dpm_solver import DPMSolver as DPMSolver
@@ -56,7 +58,7 @@ from jaxdiff.solvers._stock import ReverseSDE as ReverseSDE
 from jaxdiff.solvers._table_times import discrete_times as discrete_times
 from jaxdiff.solvers._table_times import table_times as table_times
 from jaxdiff.solvers._time_sharing import SharedTimes as SharedTimes
-from jaxdiff.solvers._times import bounded_start as bounded_start
+from jaxdiff.solvers._times import bounded_times as bounded_times
 from jaxdiff.solvers._times import check_times as check_times
 from jaxdiff.solvers._times import resolve_times as resolve_times
 from jaxdiff.solvers._unipc import UniPC as UniPC

@@ -24,6 +24,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._tree import is_known
 from jaxdiff.denoiser import Denoiser, Estimate, check_denoiser
 from jaxdiff.processes import GaussianProcess
+from jaxdiff.solvers._times import bounded_times
 from jaxdiff.stepwise import Step, at_step, check_remembered, init_notes, noted
 
 
@@ -203,9 +204,21 @@ class DiffusionSolver(diffrax.AbstractSolver):
         """What the first step finds in `memory`."""
         del problem, x
 
+    @property
+    def bounded_start(self) -> bool:
+        """Whether the customary grid of a process whose alpha vanishes starts later.
+
+        For methods that extrapolate eps_hat or step in the noise level sigma / alpha, which is in
+        the thousands at the start of the cosine schedule, rectified flow and TrigFlow: the first of
+        few steps would take an error of that size along. Their grids start at a level of 80, as
+        EDM's does.
+        """
+        return False
+
     def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
         """The grid of a number of steps: the one customary for the process."""
-        return process.times(num_steps, t_end)
+        times = process.times(num_steps, t_end)
+        return bounded_times(process, times) if self.bounded_start else times
 
     def check_start(self, process: GaussianProcess, times: Array, memory: PyTree) -> None:
         """Reject a start that the method cannot make, where the numbers are known.

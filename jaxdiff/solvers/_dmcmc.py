@@ -5,16 +5,19 @@ level k = sigma / alpha.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_cond, check_key
-from jaxdiff._tree import jit
-from jaxdiff.denoiser import Denoiser
+from jaxdiff._checks import check_cond, check_count, check_key
+from jaxdiff._tree import as_float_array, is_known, jit
+from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.oracles import GaussianMixture
+from jaxdiff.stepwise import check_stepless
 
 
 class ChainStates(eqx.Module):
@@ -50,7 +53,7 @@ class OracleNoisePosterior(eqx.Module):
     def __call__(self, y: Array, cond: PyTree = None) -> Array:
         """log p(k | y) of every level, `(num_levels,)`; y `(*event)`."""
         process = self.oracle.process
-        times = process.time(-2 * jnp.log(self.levels))
+        times = process.unbounded_time(-2 * jnp.log(self.levels))
 
         def log_density(t):
             alpha = process.alpha(t)
@@ -60,40 +63,80 @@ class OracleNoisePosterior(eqx.Module):
         return jax.nn.log_softmax(joint if self.log_prior is None else joint + self.log_prior)
 
 
-@jit
-def _chains(
-    key, indices, y, level_index, cond, denoiser, noise_posterior, levels, step_sizes,
-    num_steps, keep_every, sample_level, keep_smallest,
-):  # fmt: skip
-    process = denoiser.process
-    times = process.time(-2 * jnp.log(levels))
+class ChainState(NamedTuple):
+    """One chain: the state x / alpha, `(*event)`, and the index of its noise level."""
 
-    def chain(index, y, level_index, cond):
+    y: Array
+    level_index: Array
+
+
+class LangevinGibbs(eqx.Module):
+    """The Markov kernel of `langevin_gibbs`, one step of one chain at a time.
+
+        state = kernel.init(y, level_index)
+        state = kernel.step(key, state, cond=cond)
+
+    Args:
+        denoiser: the denoiser, of any process.
+        noise_posterior: as in `langevin_gibbs`.
+        levels: noise levels k = sigma / alpha, `(num_levels,)`.
+        step_sizes: eta of every level, `(num_levels,)`.
+        sample_level: whether to draw the level, and not to take the most probable one.
+
+    Reference: Kim, Ye, "Denoising MCMC for Accelerating Diffusion-Based Generative Models",
+    2022, arXiv 2209.14593, equations 15 and 16.
+    """
+
+    denoiser: Denoiser
+    noise_posterior: Callable[[Array, PyTree], Array]
+    levels: Array
+    step_sizes: Array
+    sample_level: bool = eqx.field(static=True, default=True)
+
+    def __check_init__(self):
+        check_denoiser(self.denoiser)
+        check_stepless(self.denoiser, "`langevin_gibbs`")
+
+    def init(self, y: Array, level_index: Array) -> ChainState:
+        """The start of a chain: y `(*event)`, and the index of its level, a scalar."""
+        return ChainState(y, level_index)
+
+    def step(self, key: PRNGKeyArray, state: ChainState, *, cond: PyTree = None) -> ChainState:
+        """One step; costs one network evaluation."""
+        process, (y, j) = self.denoiser.process, state
+        noise_key, level_key = jax.random.split(key)
+        level, eta = self.levels[j], self.step_sizes[j]
+        t = process.unbounded_time(-2 * jnp.log(level))
+        score = (self.denoiser(process.alpha(t) * y, t, cond) - y) / level**2
+        noise = jax.random.normal(noise_key, y.shape, y.dtype)
+        moved = (y + eta / 2 * score + jnp.sqrt(eta) * noise).astype(y.dtype)
+        logits = self.noise_posterior(moved, cond)
+        drawn = jax.random.categorical(level_key, logits) if self.sample_level else logits.argmax()
+        return ChainState(moved, drawn.astype(j.dtype))
+
+
+@jit
+def _chains(key, start, cond, kernel, *, num_steps, keep_every, keep_smallest):
+    def chain(index, start, cond):
         chain_key = jax.random.fold_in(key, index)
 
         def move(carry, i):
-            y, j, *kept = carry
-            noise_key, level_key = jax.random.split(jax.random.fold_in(chain_key, i))
-            x0 = denoiser(process.alpha(times[j]) * y, times[j], cond)
-            score = (x0 - y) / levels[j] ** 2
-            noise = jax.random.normal(noise_key, y.shape, y.dtype)
-            moved = y + step_sizes[j] / 2 * score + jnp.sqrt(step_sizes[j]) * noise
-            moved = moved.astype(y.dtype)
-            logits = noise_posterior(moved, cond)
-            drawn = jax.random.categorical(level_key, logits) if sample_level else logits.argmax()
-            drawn = drawn.astype(j.dtype)
-            keep = (i % keep_every == 0) | (not keep_smallest) | (levels[drawn] < levels[kept[1]])
-            kept = [jnp.where(keep, *pair) for pair in ((moved, kept[0]), (drawn, kept[1]))]
-            return (moved, drawn, *kept), None
+            state, kept = carry
+            state = kernel.step(jax.random.fold_in(chain_key, i), state, cond=cond)
+            smaller = kernel.levels[state.level_index] < kernel.levels[kept.level_index]
+            keep = (i % keep_every == 0) | (not keep_smallest) | smaller
+            kept = jax.tree.map(lambda new, old: jnp.where(keep, new, old), state, kept)
+            return (state, kept), None
 
         def window(carry, steps):
             carry, _ = jax.lax.scan(move, carry, steps)
-            return carry, ChainStates(*carry[2:])
+            return carry, ChainStates(*carry[1])
 
         steps = jnp.arange(num_steps).reshape(-1, keep_every)
-        return jax.lax.scan(window, (y, level_index, y, level_index), steps)[1]
+        start = kernel.init(*start)
+        return jax.lax.scan(window, (start, start), steps)[1]
 
-    return jax.vmap(chain)(indices, y, level_index, cond)
+    return jax.vmap(chain)(jnp.arange(len(start[0])), start, cond)
 
 
 def langevin_gibbs(
@@ -162,13 +205,20 @@ def langevin_gibbs(
     all levels, and the smallest level: `sample_level=False, keep_smallest=True`.
     """
     check_key(key)
-    y, level_index = jnp.asarray(y), jnp.asarray(level_index)
-    levels = jnp.asarray(levels, jnp.result_type(float))
+    y, level_index = as_float_array(y), jnp.asarray(level_index)
+    levels = as_float_array(levels)
     if level_index.shape != y.shape[:1] or not jnp.issubdtype(level_index.dtype, jnp.integer):
         raise ValueError(
             f"`level_index` must be integers of shape {y.shape[:1]}, one per chain of `y`, got "
             f"{level_index.dtype} of shape {level_index.shape}. Use e.g. jnp.zeros(len(y), int)."
         )
+    if is_known(level_index):
+        low, high = np.min(level_index), np.max(level_index)
+        if low < 0 or high >= len(levels):
+            raise ValueError(
+                f"`level_index` must lie in [0, {len(levels) - 1}], the levels, got {low} to {high}."
+            )
+    check_count("keep_every", keep_every)
     if num_steps < 1 or num_steps % keep_every:
         raise ValueError(
             f"`num_steps` must be a positive multiple of `keep_every` = {keep_every}, got "
@@ -181,8 +231,10 @@ def langevin_gibbs(
             f"{step_size.shape}."
         )
     check_cond(cond, y.shape[0])
+    denoiser.check_cond(cond)
     step_sizes = jnp.broadcast_to(step_size, levels.shape)
+    kernel = LangevinGibbs(denoiser, noise_posterior, levels, step_sizes, sample_level)
     return _chains(
-        key, jnp.arange(y.shape[0]), y, level_index, cond, denoiser, noise_posterior, levels,
-        step_sizes, num_steps, keep_every, sample_level, keep_smallest,
+        key, (y, level_index), cond, kernel, num_steps=num_steps, keep_every=keep_every,
+        keep_smallest=keep_smallest,
     )  # fmt: skip

@@ -68,6 +68,11 @@ class EDICT(DiffusionSolver):
         check_number("p", self.p, above=0.0, most=1.0, instead=remedy)
 
     @property
+    def bounded_start(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def stochastic(self) -> bool:
         """No noise is drawn."""
         return False

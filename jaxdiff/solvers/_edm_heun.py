@@ -9,9 +9,7 @@ from jaxtyping import Array, PyTree
 from jaxdiff._checks import check_number
 from jaxdiff._tree import number, root
 from jaxdiff.denoiser import Estimate
-from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import ExplicitSolver, Moved, Problem
-from jaxdiff.solvers._times import bounded_start
 from jaxdiff.stepwise import Step
 
 
@@ -48,9 +46,10 @@ class EDMHeun(ExplicitSolver):
         """Whether `s_churn` is given."""
         return self.s_churn is not None
 
-    def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
-        """See `DiffusionSolver`."""
-        return bounded_start(process, num_steps, t_end)
+    @property
+    def bounded_start(self) -> bool:
+        """True."""
+        return True
 
     def _churn(self, problem: Problem, x: Array, step: Step) -> tuple[Array, Array]:
         """The state with more noise, and its time."""

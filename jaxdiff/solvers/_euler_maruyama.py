@@ -36,6 +36,11 @@ class EulerMaruyama(GaussianSolver):
         check_number("eta", self.eta, least=0.0)
 
     @property
+    def bounded_start(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def stochastic(self) -> bool:
         """True."""
         return True

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff.denoiser import Estimate
-from jaxdiff.predictions import X0, Prediction
+from jaxdiff.predictions import X0, Eps, Prediction
 from jaxdiff.solvers._base import ExplicitSolver, Problem, combine
 from jaxdiff.solvers._exponential import (
     Linear,
@@ -82,6 +82,11 @@ class Multistep(ExplicitSolver):
     def corrects_the_end(self) -> bool:
         """Whether the last state is corrected too, for one more evaluation."""
         return False
+
+    @property
+    def bounded_start(self) -> bool:
+        """Where eps_hat is extrapolated."""
+        return isinstance(self.prediction, Eps)
 
     @property
     def stochastic(self) -> bool:

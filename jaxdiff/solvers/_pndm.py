@@ -58,6 +58,11 @@ class PNDM(ExplicitSolver):
         check_choice("warm_up", self.warm_up, ("heun", "runge_kutta", "none"))
 
     @property
+    def bounded_start(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def stochastic(self) -> bool:
         """False."""
         return False

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxdiff.denoiser import Estimate
-from jaxdiff.predictions import Prediction
+from jaxdiff.predictions import Eps, Prediction
 from jaxdiff.solvers._base import ExplicitSolver, Problem, combine
 from jaxdiff.solvers._exponential import (
     extrapolated,
@@ -53,6 +53,11 @@ class Singlestep(ExplicitSolver):
     def eta2(self) -> Array | float:
         """eta^2 of the reverse SDE."""
         return 0.0
+
+    @property
+    def bounded_start(self) -> bool:
+        """Where eps_hat is extrapolated."""
+        return isinstance(self.prediction, Eps)
 
     @property
     def stochastic(self) -> bool:

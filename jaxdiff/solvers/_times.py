@@ -98,24 +98,28 @@ def clip_times(process: GaussianProcess, times: ArrayLike) -> Array:
     return clipped
 
 
-# The largest noise level that a solver in k = sigma / alpha starts from: EDM's 80 for data of
-# standard deviation 0.5.
-_LARGEST_LEVEL = 160.0
+# Where a grid starts, EDM's largest noise level, that would start at a level beyond the second:
+# those of the variance-preserving schedules, about 155, are not.
+_FIRST_LEVEL, _UNBOUNDED = 80.0, 200.0
 
 
-def bounded_start(process: GaussianProcess, num_steps: int, t_end: float) -> Array:
-    """The grid customary for the process, from a noise level sigma / alpha of 160 at most.
+def bounded_times(process: GaussianProcess, times: Array) -> Array:
+    """A decreasing grid, shrunk towards its end if it starts where alpha all but vanishes.
 
-    For solvers whose steps are straight in k = sigma / alpha. Where alpha vanishes at the start,
-    as it does of the cosine schedule, k there is in the thousands, and the first of few steps in
-    k jumps over all of the trajectory.
+    Args:
+        process: the forward process.
+        times: the grid, `(num_steps + 1,)`.
+
+    Returns:
+        The grid itself where the noise level sigma / alpha at its start is at most 200, and else
+        one with the same relative gaps from where it is 80.
     """
-    limit = process.time(-2 * jnp.log(jnp.asarray(_LARGEST_LEVEL, jnp.result_type(float))))
-    grid = process.times(num_steps, t_end)
-    # The same grid as the process's, moved and stretched to its new first time.
-    start = jnp.minimum(limit, grid[0])
-    moved = t_end + (grid - t_end) * ((start - t_end) / (grid[0] - t_end))
-    return jnp.where(limit < grid[0], moved, grid).at[-1].set(t_end)
+    limit = process.time(-2 * jnp.log(jnp.asarray(_FIRST_LEVEL, times.dtype)))
+    unbounded = process.log_snr(times[0]) < -2 * jnp.log(_UNBOUNDED)
+    start, end = times[0], times[-1]
+    moved = end + (times - end) * ((limit - end) / (start - end))
+    moved = moved.at[0].set(limit).at[-1].set(end)
+    return jnp.where(unbounded, moved, times)
 
 
 def resolve_times(

@@ -79,14 +79,52 @@ def test_no_solver_is_missing():
     assert public <= {type(solver) for solver in instances}
 
 
+class Told(jaxdiff.Stepwise):
+    """Draws once a step, counts the steps, and says out loud the noise that x0 implies."""
+
+    base: jaxdiff.Denoiser
+    draws: list = eqx.field(static=True, default_factory=list)
+
+    def __hash__(self):
+        return id(self)
+
+    def init_memory(self, x):
+        return jnp.zeros((), jnp.int32)
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        draw = jax.random.uniform(self.step.key)
+        jax.debug.callback(lambda draw: self.draws.append(float(draw)), draw, ordered=False)
+        found = self.base.estimate(x, t, cond, key=key)
+        sigma = self.process.sigma(t)
+        eps = (x - self.process.alpha(t) * found.x0) / jnp.where(sigma > 0, sigma, 1.0)
+        return self.remember(found.replace(eps=eps), self.step.memory + 1)
+
+
 @each_solver
-def test_evaluations_are_the_documented_and_the_counted_ones(oracle, name):
+def test_evaluations_are_counted_and_steps_told(x64, name):
+    """A map inside draws once a step, whatever the stages, and remembers from step to step.
+
+    A noise that is said out loud is followed, and is here the one that is implied.
+    """
     solver, expected = SOLVERS[name]
-    counting = Counting(oracle)
-    out = run(counting, solver, count=1)
-    jax.effects_barrier()
+    counting = Counting(mixture(processes.VP()))
+    if not isinstance(solver, solvers.DiffusionSolver):
+        out = run(counting, solver, count=1)
+        jax.effects_barrier()
+    else:
+        told = Told(counting)
+        out = run(told, solver, count=1)
+        jax.effects_barrier()
+        # Restarts insert steps of their own.
+        steps = 6 + 2 * 2 if name == "Restart" else 6
+        assert len(set(told.draws)) == steps == int(out.notes[0][0])
+        plain = run(counting.denoiser, solver, count=1)
+        np.testing.assert_allclose(out.x, plain.x, rtol=1e-8, atol=1e-8)
     assert int(out.nfe[0]) == expected == len(counting.calls)
-    assert np.all(np.isfinite(out.x)) and out.x.dtype == jnp.float32
+    assert np.all(np.isfinite(out.x))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        low = jax.eval_shape(lambda: run(counting.denoiser, solver, count=1, dtype=dtype).x)  # noqa: B023
+        assert low.dtype == dtype
 
 
 @each_solver

@@ -183,6 +183,14 @@ def test_a_step_is_the_formula_and_chains_do_not_depend_on_each_other(x64):
         expected = y[i] + step / 2 * score + jnp.sqrt(step) * jax.random.normal(noise_key, (3,))
         np.testing.assert_allclose(every.y[i, 0], expected, rtol=1e-10)
     np.testing.assert_allclose(run(y[:2], level[:2], 12).y, every.y[:2], rtol=1e-12)
+    # The kernel by itself, driven by somebody else.
+    kernel = solvers.LangevinGibbs(oracle, posterior, jnp.asarray(LEVELS), eta)
+    state = kernel.init(y[1], level[1])
+    for i in range(3):
+        chain_key = jax.random.fold_in(jax.random.key(2), 1)
+        state = kernel.step(jax.random.fold_in(chain_key, i), state)
+        np.testing.assert_allclose(state.y, every.y[1, i], rtol=1e-10)
+        assert state.level_index == every.level_index[1, i]
     # What is kept: the last of each four, or the first with the smallest level.
     np.testing.assert_array_equal(run(y, level, 12, keep_every=4).y, every.y[:, 3::4])
     smallest = run(y, level, 12, keep_every=4, keep_smallest=True)
