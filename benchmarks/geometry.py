@@ -67,7 +67,7 @@ def feature(denoiser, t):
 def shape(denoiser):
     """Shape of one example."""
     network = denoiser.network
-    return (network.image_size, network.image_size, network.in_channels)
+    return network.shape
 
 
 def truth(f, x):

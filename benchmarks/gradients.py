@@ -6,7 +6,6 @@ one process. Run by `make bench`.
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 import jaxdiff

@@ -43,7 +43,7 @@ def number(default: float | None) -> Any:
     Args:
         default: the field's default; None for a number that may be left out.
     """
-    return eqx.field(default=default, converter=as_number)
+    return eqx.field(default=default, converter=as_number, metadata={"number": True})
 
 
 def traced_floats(tree: PyTree) -> PyTree:
@@ -123,7 +123,6 @@ def chunked(run: Callable[..., PyTree], batch_size: int | None) -> Callable[...,
     The last row fills the last chunk, so that one program serves all of them. `jax.lax.map` has
     another for what is left over, which may run at the same time.
     """
-
     if batch_size is not None and not batch_size >= 1:
         raise ValueError(
             f"`batch_size` must be at least 1, got {batch_size}. Leave it out for all at once."

@@ -143,6 +143,10 @@ class TimeLabel(Preconditioning):
     factor: float = number(1000.0)
     shift: float = number(0.0)
 
+    def __check_init__(self):
+        check_number("factor", self.factor)
+        check_number("shift", self.shift)
+
     def scale(self, process: GaussianProcess, t: Array) -> Array:
         """1."""
         return jnp.ones_like(process.alpha(t))
@@ -171,6 +175,7 @@ class LogNoiseLabel(Preconditioning):
 
     def __check_init__(self):
         check_number("sigma_data", self.sigma_data, above=0.0)
+        check_number("factor", self.factor)
 
     def scale(self, process: GaussianProcess, t: Array) -> Array:
         """1 / sqrt(alpha^2 sigma_data^2 + sigma^2)."""

@@ -27,6 +27,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import derivative, number
 from jaxdiff.processes import GaussianProcess
 
@@ -131,6 +132,9 @@ class F(Prediction):
     """
 
     sigma_data: float = number(0.5)
+
+    def __check_init__(self):
+        check_number("sigma_data", self.sigma_data, above=0.0)
 
     def coefficients(self, process: GaussianProcess, t: Array) -> tuple[Array, Array]:
         """(alpha sigma_data^2 / S, sigma sigma_data / sqrt(S))."""

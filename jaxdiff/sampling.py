@@ -229,7 +229,7 @@ def _own_times(times: Array) -> Array | None:
 
 @jit
 def _continue(
-    key, first_step, x, memory, notes, cond, model, times, options, *, direction, batch_size
+    key, x, cond, model, times, options, *, memory, notes, first_step, direction, batch_size
 ):
     def run(indices, x, memory, notes, cond, own_times):
         grid = times if own_times is None else own_times
@@ -458,8 +458,10 @@ def invert(
         )
     check_stepless(denoiser, "`invert`")
     options = _Options(solver, stepsize_controller, adjoint, saveat, last_k)
-    x = as_float_array(x)
-    return _run(None, denoiser, x, memory, None, cond, times, options, batch_size, 1, None)
+    return _run(
+        None, denoiser, as_float_array(x), times, options, memory=memory, cond=cond,
+        batch_size=batch_size, direction=1,
+    )  # fmt: skip
 
 
 def denoise(
@@ -515,11 +517,16 @@ def denoise(
         if is_known(first_step):
             check_count("first_step", first_step, least=0)
         first_step = jnp.asarray(first_step, jnp.int32)
-    x = as_float_array(x)
-    return _run(key, denoiser, x, memory, notes, cond, times, options, batch_size, -1, first_step)
+    return _run(
+        key, denoiser, as_float_array(x), times, options, memory=memory, cond=cond,
+        batch_size=batch_size, direction=-1, notes=notes, first_step=first_step,
+    )  # fmt: skip
 
 
-def _run(key, model, x, memory, notes, cond, times, options, batch_size, direction, first_step):
+def _run(
+    key, model, x, times, options, *, memory, cond, batch_size, direction, notes=None,
+    first_step=None,
+):  # fmt: skip
     solver, count = options.solver, x.shape[0]
     check_model(solver, model)
     _check_options(model, times, count, batch_size, options)
@@ -531,6 +538,6 @@ def _run(key, model, x, memory, notes, cond, times, options, batch_size, directi
     if isinstance(solver, DiffusionSolver):
         solver.check_start(model.process, times, memory)
     return _continue(
-        key, first_step, x, memory, notes, cond, model, times, options, direction=direction,
-        batch_size=batch_size,
+        key, x, cond, model, times, options, memory=memory, notes=notes, first_step=first_step,
+        direction=direction, batch_size=batch_size,
     )  # fmt: skip

@@ -43,8 +43,24 @@ class Tap:
             self.values[name] = value
         return value
 
-    def checkpoint(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """`jax.checkpoint` of `fn(tap, *args)`."""
+    def wants(self, name: str) -> bool:
+        """Whether a tap is edited or read, so that its value must exist."""
+        return name in self.edits or name in self.wanted
+
+    def skip(self, name: str) -> None:
+        """Meet a tap whose value is not computed, because nobody wants it."""
+        self.names.append(name)
+
+    def run(self, fn: Callable[..., Any], *args: Any, remat: bool | str = False) -> Any:
+        """`fn(tap, *args)`, perhaps recomputed in the backward pass.
+
+        Args:
+            fn: a part of the network.
+            args: its arguments.
+            remat: whether to recompute it; or the name of a policy of `jax.checkpoint_policies`.
+        """
+        if not remat:
+            return fn(self, *args)
 
         def run(*args):
             # Made inside, so that nothing outside holds on to the inner trace's values.
@@ -53,9 +69,60 @@ class Tap:
             self.names += inner.names
             return out, inner.values
 
-        out, values = jax.checkpoint(run)(*args)
+        out, values = _checkpoint(run, remat)(*args)
         self.values |= values
         return out
+
+    def scan(
+        self,
+        fn: Callable[..., Array],
+        layers: PyTree,
+        h: Array,
+        *,
+        prefix: str,
+        remat: bool | str = False,
+    ) -> Array:
+        """h <- fn(tap, layer, h, i) over equal layers that are stacked, as one `lax.scan`.
+
+        A layer names its taps relative to itself: ".attn" of layer 3 is "<prefix>.3.attn". Edits
+        of one layer are computed in all and used in that one; what is read of one is kept of all.
+
+        Args:
+            fn: one layer, of the tap, its weights, h and its index.
+            layers: pytree of weights with a leading axis of layers.
+            h: what the first layer is given.
+            prefix: name of the layers.
+            remat: as in `run`, for each layer.
+        """
+        count = len(jax.tree.leaves(layers)[0])
+        edits: dict[str, dict[int, Callable]] = {}
+        for i in range(count):
+            for name, edit in self.edits.items():
+                if _within(name, f"{prefix}.{i}"):
+                    local = name.removeprefix(f"{prefix}.{i}")
+                    edits.setdefault(local, {})[i] = edit
+        wanted = {
+            name.removeprefix(f"{prefix}.{i}")
+            for i in range(count)
+            for name in self.wanted
+            if _within(name, f"{prefix}.{i}")
+        }
+        names: list[str] = []
+
+        def layer_of(carry, row):
+            weights, i = row
+            inner = Tap({name: _where(i, those) for name, those in edits.items()}, wanted)
+            out = fn(inner, weights, carry, i)
+            names[:] = inner.names
+            return out, inner.values
+
+        body = _checkpoint(layer_of, remat) if remat else layer_of
+        h, values = jax.lax.scan(body, h, (layers, jnp.arange(count)))
+        for i in range(count):
+            self.names += [f"{prefix}.{i}{local}" for local in names]
+            found = {f"{prefix}.{i}{local}": kept[i] for local, kept in values.items()}
+            self.values |= {name: v for name, v in found.items() if name in self.wanted}
+        return h
 
     def check(self, argument: str) -> None:
         """Raise ValueError if an edited or wanted name was not met on the way."""
@@ -65,6 +132,27 @@ class Tap:
                 f"`{argument}` names taps that the network does not have: {sorted(missing)}. "
                 f"Its taps are {self.names}."
             )
+
+
+def _checkpoint(fn: Callable[..., Any], remat: bool | str) -> Callable[..., Any]:
+    policy = None if isinstance(remat, bool) else getattr(jax.checkpoint_policies, remat)
+    return jax.checkpoint(fn, policy=policy)
+
+
+def _within(name: str, layer: str) -> bool:
+    """Whether a tap is of a layer: "block.1.attn" is of "block.1", "block.10" is not."""
+    return name == layer or name.startswith(f"{layer}.")
+
+
+def _where(i: Array, edits: dict[int, Callable[[Array], Array]]) -> Callable[[Array], Array]:
+    """The edits of some layers, as one of layer i."""
+
+    def edit(value):
+        for index, own in edits.items():
+            value = jnp.where(i == index, _edited(own, f"of layer {index}", value), value)
+        return value
+
+    return edit
 
 
 def _edited(edit: Callable[[Array], Array], name: str, value: Array) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_key
+from jaxdiff._checks import check_count, check_key
 from jaxdiff._tree import batched
 
 
@@ -64,8 +64,8 @@ class ExactTrace(TraceEstimator):
     chunk: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"`chunk` must be at least 1, or None for all, got {self.chunk}.")
+        if self.chunk is not None:
+            check_count("chunk", self.chunk, instead="Leave it out for all at once.")
 
     @property
     def stochastic(self) -> bool:
@@ -113,8 +113,7 @@ class Hutchinson(TraceEstimator):
     distribution: str = eqx.field(static=True, default="rademacher")
 
     def __check_init__(self):
-        if self.num_probes < 1:
-            raise ValueError(f"`num_probes` must be at least 1, got {self.num_probes}.")
+        check_count("num_probes", self.num_probes)
         if self.distribution not in _DISTRIBUTIONS:
             raise ValueError(
                 f'`distribution` must be "rademacher" or "gaussian", got {self.distribution!r}.'

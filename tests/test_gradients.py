@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarks import gradients
 from cases import mixture
 from outside import Measured, Momentum
 
 import jaxdiff
+from benchmarks import gradients
 from jaxdiff import guidance, networks, parallel, processes, solvers
 
 KEY = jax.random.key(0)

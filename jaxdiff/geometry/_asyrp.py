@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import jit, number, root
 from jaxdiff.denoiser import Denoiser, Estimate
 from jaxdiff.sampling import Trajectory
@@ -42,6 +43,11 @@ class Asyrp(ExplicitSolver):
     t_edit: float = number(0.0)
     t_boost: float | None = number(None)
     eta: float = number(1.0)
+
+    def __check_init__(self):
+        check_number("t_edit", self.t_edit, finite=False)
+        check_number("t_boost", self.t_boost, finite=False)
+        check_number("eta", self.eta, least=0.0)
 
     @property
     def stochastic(self) -> bool:

@@ -21,8 +21,7 @@ from jaxdiff.traces import ExactTrace, TraceEstimator, draw_probes, standard_err
 
 
 @jit
-def _asymmetry(key, f, x, options):
-    num_probes, chunk = options
+def _asymmetry(key, f, x, *, num_probes, chunk):
     jacobian = Jacobian(f, x, chunk=chunk)
     if jacobian.in_size != jacobian.out_size:
         raise ValueError(
@@ -78,7 +77,7 @@ def asymmetry(
     check_key(key)
     if num_probes < 1:
         raise ValueError(f"`num_probes` must be at least 1, got {num_probes}.")
-    return _asymmetry(key, f, x, (num_probes, chunk))
+    return _asymmetry(key, f, x, num_probes=num_probes, chunk=chunk)
 
 
 class GaugeField(eqx.Module):

@@ -128,7 +128,7 @@ def _components(data, rank):
 
 
 @jit
-def _explained_variance(key, denoiser, approximation, x0, t, cond, approximation_cond):
+def _explained_variance(key, denoiser, approximation, x0, t, *, cond, approximation_cond):
     def one(index, x0, cond, approximation_cond):
         eps = jax.random.normal(jax.random.fold_in(key, index), x0.shape, x0.dtype)
         x = denoiser.process.marginal(x0, eps, t).astype(x0.dtype)
@@ -175,7 +175,9 @@ def explained_variance(
     """
     check_key(key)
     check_cond((cond, approximation_cond), x0.shape[0])
-    return _explained_variance(key, denoiser, approximation, x0, t, cond, approximation_cond)
+    return _explained_variance(
+        key, denoiser, approximation, x0, t, cond=cond, approximation_cond=approximation_cond
+    )
 
 
 def _component(mixture: GaussianMixture, k: Array) -> GaussianMixture:
@@ -187,7 +189,7 @@ def _component(mixture: GaussianMixture, k: Array) -> GaussianMixture:
 
 
 @jit
-def _teleport(key, approximation, components, indices, t, t_start):
+def _teleport(key, approximation, components, indices, *, t, t_start):
     process, dtype = approximation.process, approximation.means.dtype
 
     def one(index, k):
@@ -255,4 +257,4 @@ def teleport(
         )
     t_start = approximation.process.t_max if t_start is None else t_start
     indices = jnp.arange(first_index, first_index + num_samples)
-    return _teleport(key, approximation, component, indices, t, t_start)
+    return _teleport(key, approximation, component, indices, t=t, t_start=t_start)

@@ -109,7 +109,7 @@ class Geodesic(eqx.Module):
 
 
 @jit
-def _geodesic(f, curve, optimizer, num_iterations):
+def _geodesic(f, curve, *, optimizer, num_iterations):
     optimizer = optax.with_extra_args_support(optimizer)
 
     def energy(interior):
@@ -160,4 +160,4 @@ def geodesic(
             f"`curve` must have inner points, at least 3 in all, got {curve.shape[0]}. Use "
             "slerp(a, b, n) with n of 2 or more."
         )
-    return _geodesic(f, curve, optimizer, num_iterations)
+    return _geodesic(f, curve, optimizer=optimizer, num_iterations=num_iterations)

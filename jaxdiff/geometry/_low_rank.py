@@ -38,7 +38,7 @@ class NumericalRank(eqx.Module):
 
 
 @jit
-def _ranks(key, denoiser, x0, times, cond, threshold, method, max_rank):
+def _ranks(key, denoiser, x0, times, cond, *, threshold, method, max_rank):
     def at(n, t):
         noise_key, svd_key = jax.random.split(jax.random.fold_in(key, n))
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
@@ -119,11 +119,13 @@ def denoiser_rank_over_times(
         ValueError: as for `denoiser_rank`.
     """
     check_key(key)
-    return _ranks(key, denoiser, x0, times, cond, threshold, method, max_rank)
+    return _ranks(
+        key, denoiser, x0, times, cond, threshold=threshold, method=method, max_rank=max_rank
+    )
 
 
 @jit
-def _participation_ratio(key, denoiser, x, t, cond, num_probes):
+def _participation_ratio(key, denoiser, x, t, cond, *, num_probes):
     jacobian = Jacobian(ScaledDenoiser(denoiser, t, cond), x)
     probes = jax.random.rademacher(key, (x.size, num_probes), jacobian.dtype)
     products = jacobian.forward(probes)
@@ -165,7 +167,7 @@ def participation_ratio(
     if num_probes < 2:
         raise ValueError(f"`num_probes` must be at least 2, got {num_probes}.")
     check_key(key)
-    return _participation_ratio(key, denoiser, x, t, cond, num_probes)
+    return _participation_ratio(key, denoiser, x, t, cond, num_probes=num_probes)
 
 
 @jax.default_matmul_precision("highest")
@@ -249,9 +251,7 @@ class SubspaceClusters(eqx.Module):
 
 
 @jit
-def _clusters(key, denoiser, x, t, cond, method, options):
-    rank, num_clusters, batch_size = options
-
+def _clusters(key, denoiser, x, t, cond, *, method, rank, num_clusters, batch_size):
     def local(i, x, cond):
         f = ScaledDenoiser(denoiser, t, cond)
         return jacobian_svd(jax.random.fold_in(key, i), f, x, rank, method=method)
@@ -305,4 +305,7 @@ def subspace_clusters(
     """
     check_key(key)
     check_cond(cond, len(x))
-    return _clusters(key, denoiser, x, t, cond, method, (rank, num_clusters, batch_size))
+    return _clusters(
+        key, denoiser, x, t, cond, method=method, rank=rank, num_clusters=num_clusters,
+        batch_size=batch_size,
+    )  # fmt: skip

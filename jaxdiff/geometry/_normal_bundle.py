@@ -41,8 +41,7 @@ class NormalBundle(eqx.Module):
 
 
 @jit
-def _normal_bundle(key, denoiser, x, t, cond, options):
-    count, chunk = options
+def _normal_bundle(key, denoiser, x, t, cond, *, count, chunk):
     alpha, sigma = denoiser.process.alpha(t), denoiser.process.sigma(t)
 
     def score(k):
@@ -107,4 +106,4 @@ def normal_bundle(
             f"`num_perturbations` must be at least the size of the event, {x.size}, to span a "
             f"normal space of unknown dimension, got {count}. Pass None for {4 * x.size}."
         )
-    return _normal_bundle(key, denoiser, x, t, cond, (count, chunk))
+    return _normal_bundle(key, denoiser, x, t, cond, count=count, chunk=chunk)

@@ -67,7 +67,7 @@ def local_basis(
 
 
 @jit
-def _x_space_guidance(denoiser, x, t, cond, direction, scale, step, num_steps):
+def _x_space_guidance(denoiser, x, t, cond, direction, *, scale, step, num_steps):
     def eps(x):
         return denoiser.predict(Eps(), x, t, cond)
 
@@ -115,7 +115,9 @@ def x_space_guidance(
     starting point, as in the published code.
     """
     _check_direction(direction, x)
-    return _x_space_guidance(denoiser, x, t, cond, direction, scale, step, num_steps)
+    return _x_space_guidance(
+        denoiser, x, t, cond, direction, scale=scale, step=step, num_steps=num_steps
+    )
 
 
 def straight_edit(x: Array, direction: Array, distances: Array) -> Array:
@@ -185,9 +187,7 @@ def parallel_transport(tangent: PyTree, target: Spectrum, *, power: float = 0.0)
 
 
 @jit
-def _shoot(key, f, x, tangent, distance, power, method, first, options):
-    rank, num_steps, chunk = options
-
+def _shoot(key, f, x, tangent, first, *, distance, power, method, rank, num_steps, chunk):
     def move(carry, i):
         x, tangent, spectrum = carry
         direction = parallel_transport(tangent, spectrum, power=power)
@@ -249,5 +249,7 @@ def geodesic_shooting(
     Reference: Park, Kwon, Jo, Uh, "Unsupervised Discovery of Semantic Latent Directions in
     Diffusion Models", 2023, arXiv 2302.12469 (power 0).
     """
-    options = (start.values.shape[0], num_steps, chunk)
-    return _shoot(key, f, x, tangent, distance, power, method, start, options)
+    return _shoot(
+        key, f, x, tangent, start, distance=distance, power=power, method=method,
+        rank=start.values.shape[0], num_steps=num_steps, chunk=chunk,
+    )  # fmt: skip

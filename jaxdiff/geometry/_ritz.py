@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxdiff._checks import check_count, check_number
 from jaxdiff._tree import number
 from jaxdiff.geometry._jacobian import Jacobian
 from jaxdiff.geometry._linalg import after
@@ -98,8 +99,9 @@ class SubspaceIteration(SpectralMethod):
     max_iterations: int = eqx.field(static=True, default=50)
 
     def __check_init__(self):
-        if self.oversample < 0:
-            raise ValueError(f"`oversample` must not be negative, got {self.oversample}.")
+        check_count("oversample", self.oversample, least=0)
+        check_number("tolerance", self.tolerance, least=0.0)
+        check_count("max_iterations", self.max_iterations)
 
     def block_size(self, rank: int, limit: int) -> int:
         """rank + oversample, or all there are."""
@@ -167,8 +169,10 @@ class GolubKahanLanczos(SpectralMethod):
     max_iterations: int = eqx.field(static=True, default=30)
 
     def __check_init__(self):
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"`block` must be at least 1, or None, got {self.block}.")
+        if self.block is not None:
+            check_count("block", self.block)
+        check_number("tolerance", self.tolerance, least=0.0)
+        check_count("max_iterations", self.max_iterations)
 
     def block_size(self, rank: int, limit: int) -> int:
         """`block`, or a little more where the bases fill the space: then they do so evenly."""

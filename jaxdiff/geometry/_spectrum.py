@@ -47,8 +47,7 @@ def _completed(vectors: Array) -> Array:
 
 
 @jit
-def _jacobian_svd(key, f, x, start, mask, weight, deflate, method, options):
-    rank, chunk, sharding = options
+def _jacobian_svd(key, f, x, *, start, mask, weight, deflate, method, rank, chunk, sharding):
     jacobian = Jacobian(
         f, x, mask=mask, weight=weight, deflate=deflate, chunk=chunk, sharding=sharding
     )
@@ -131,4 +130,7 @@ def jacobian_svd(
         ValueError: if `rank` exceeds what the Jacobian can have, or a pytree does not fit.
     """
     check_key(key)
-    return _jacobian_svd(key, f, x, start, mask, weight, deflate, method, (rank, chunk, sharding))
+    return _jacobian_svd(
+        key, f, x, start=start, mask=mask, weight=weight, deflate=deflate, method=method,
+        rank=rank, chunk=chunk, sharding=sharding,
+    )  # fmt: skip

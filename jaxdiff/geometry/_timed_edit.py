@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, edit_taps, find_network
 from jaxdiff.geometry._features import Offset
@@ -30,6 +31,10 @@ class EditedBetween(DenoiserMap):
     edited: Denoiser
     t_low: float = number(0.0)
     t_high: float = number(float("inf"))
+
+    def __check_init__(self):
+        check_number("t_low", self.t_low, finite=False)
+        check_number("t_high", self.t_high, finite=False)
 
     same_network: ClassVar[tuple[str, ...]] = ("base", "edited")
 

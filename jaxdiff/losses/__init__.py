@@ -1,5 +1,8 @@
 """Training losses: weighted denoising, its weightings and time laws, and variational bounds."""
 
+from jaxdiff.losses._batch import drop_cond as drop_cond
+from jaxdiff.losses._batch import each_example as each_example
+from jaxdiff.losses._batch import stratified_uniform as stratified_uniform
 from jaxdiff.losses._denoising import DenoisingLoss as DenoisingLoss
 from jaxdiff.losses._denoising import denoising_error as denoising_error
 from jaxdiff.losses._iddpm import HybridLoss as HybridLoss
@@ -7,8 +10,8 @@ from jaxdiff.losses._iddpm import reverse_step_nll as reverse_step_nll
 from jaxdiff.losses._time_laws import LogitNormal as LogitNormal
 from jaxdiff.losses._time_laws import LogNormal as LogNormal
 from jaxdiff.losses._time_laws import TimeLaw as TimeLaw
+from jaxdiff.losses._time_laws import UniformLogSNR as UniformLogSNR
 from jaxdiff.losses._time_laws import UniformTime as UniformTime
-from jaxdiff.losses._time_laws import stratified_uniform as stratified_uniform
 from jaxdiff.losses._vlb import discrete_reconstruction as discrete_reconstruction
 from jaxdiff.losses._vlb import gaussian_reconstruction as gaussian_reconstruction
 from jaxdiff.losses._vlb import prior_kl as prior_kl

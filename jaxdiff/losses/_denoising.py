@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
-from jaxdiff.denoiser import Denoiser
-from jaxdiff.losses._time_laws import TimeLaw, UniformTime, stratified_uniform
+from jaxdiff.denoiser import Denoiser, check_denoiser
+from jaxdiff.losses._batch import drop_cond, each_example, wide
+from jaxdiff.losses._time_laws import TimeLaw, UniformTime
 from jaxdiff.losses._weightings import Uniform, Weighting
 
 
@@ -26,18 +28,12 @@ def denoising_error(
         cond: its condition.
 
     Returns:
-        A scalar in x0's dtype.
+        A scalar, in float32 at least.
     """
     noise_key, denoiser_key = jax.random.split(key)
-    eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-    x0_hat = denoiser(denoiser.process.marginal(x0, eps, t), t, cond, key=denoiser_key)
-    return jnp.mean((x0 - x0_hat) ** 2)
-
-
-def drop_label(key: PRNGKeyArray, cond: PyTree, null_cond: PyTree, rate: Array) -> PyTree:
-    """`cond`, or `null_cond` with probability `rate`; for one example."""
-    drop = jax.random.bernoulli(key, rate)
-    return jax.tree.map(lambda null, c: jnp.where(drop, null, c), null_cond, cond)
+    x = denoiser.process.noise(noise_key, x0, t)
+    x0_hat = denoiser(x, t, cond, key=denoiser_key)
+    return jnp.mean(wide(x0 - x0_hat) ** 2)
 
 
 class DenoisingLoss(eqx.Module):
@@ -49,7 +45,8 @@ class DenoisingLoss(eqx.Module):
     Args:
         weighting: factor on the error in x0.
         time_law: law of the training time.
-        null_cond: the condition that means "none"; None trains without label dropout.
+        null_cond: the condition that means "none", of the network's entries; None trains without
+            label dropout.
         label_dropout: probability with which a condition is replaced by `null_cond`, for
             classifier-free guidance.
 
@@ -63,6 +60,9 @@ class DenoisingLoss(eqx.Module):
     time_law: TimeLaw = UniformTime()
     null_cond: PyTree = None
     label_dropout: float = number(0.1)
+
+    def __check_init__(self):
+        check_number("label_dropout", self.label_dropout, least=0.0, most=1.0)
 
     def per_example(
         self, denoiser: Denoiser, key: PRNGKeyArray, x0: Array, t: Array, cond: PyTree = None
@@ -80,8 +80,7 @@ class DenoisingLoss(eqx.Module):
             w(t) * error and error, scalars.
         """
         drop_key, error_key = jax.random.split(key)
-        if self.null_cond is not None:
-            cond = drop_label(drop_key, cond, self.null_cond, self.label_dropout)
+        cond = drop_cond(drop_key, cond, self.null_cond, self.label_dropout)
         error = denoising_error(denoiser, error_key, x0, t, cond)
         density = self.time_law.density(denoiser.process, t)
         return self.weighting(denoiser.process, t, density) * error, error
@@ -101,13 +100,11 @@ class DenoisingLoss(eqx.Module):
         Returns:
             The scalar loss, and `{"x0_mse": mean error}`.
         """
-        x0, cond = batch["x"], batch.get("cond")
-        count = x0.shape[0]
-        time_key, example_key = jax.random.split(key)
-        keys = jax.vmap(lambda i: jax.random.fold_in(example_key, i))(jnp.arange(count))
-        u = stratified_uniform(time_key, count).astype(x0.dtype)
-        t = self.time_law.quantile(denoiser.process, u)
-        losses, errors = jax.vmap(lambda *args: self.per_example(denoiser, *args))(
-            keys, x0, t, cond
-        )
+        check_denoiser(denoiser)
+
+        def one(key, u, x0, cond):
+            t = self.time_law.quantile(denoiser.process, u)
+            return self.per_example(denoiser, key, x0, t, cond)
+
+        losses, errors = each_example(one, key, batch)
         return losses.mean(), {"x0_mse": errors.mean()}

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import number
-from jaxdiff.denoiser import LearnedVarianceDenoiser
-from jaxdiff.losses._denoising import drop_label
-from jaxdiff.losses._time_laws import stratified_uniform
+from jaxdiff._checks import check_count, check_number
+from jaxdiff._tree import as_float_array, number
+from jaxdiff.denoiser import Denoiser, check_denoiser
+from jaxdiff.losses._batch import drop_cond, each_example, wide
 from jaxdiff.processes import GaussianProcess
 
 
@@ -102,9 +102,14 @@ class HybridLoss(eqx.Module):
     null_cond: PyTree = None
     label_dropout: float = number(0.1)
 
+    def __check_init__(self):
+        check_count("num_steps", self.num_steps, least=2)
+        check_number("vlb_weight", self.vlb_weight, least=0.0)
+        check_number("label_dropout", self.label_dropout, least=0.0, most=1.0)
+
     def per_example(
         self,
-        denoiser: LearnedVarianceDenoiser,
+        denoiser: Denoiser,
         key: PRNGKeyArray,
         x0: Array,
         index: Array,
@@ -113,16 +118,19 @@ class HybridLoss(eqx.Module):
         """L_simple and L_vlb (bits per dimension) of one example at step `index` in 1 .. T."""
         process = denoiser.process
         drop_key, noise_key, denoiser_key = jax.random.split(key, 3)
-        if self.null_cond is not None:
-            cond = drop_label(drop_key, cond, self.null_cond, self.label_dropout)
+        cond = drop_cond(drop_key, cond, self.null_cond, self.label_dropout)
         spacing = process.t_max / self.num_steps
-        t = (index * spacing).astype(x0.dtype)
+        t = as_float_array(index) * spacing
         # The last step, to 0, has no beta-tilde; as in the paper it takes that of the one before.
-        s = ((jnp.maximum(index, 2) - 1) * spacing).astype(x0.dtype)
-        eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-        x = process.marginal(x0, eps, t)
+        s = (as_float_array(jnp.maximum(index, 2)) - 1) * spacing
+        x = process.noise(noise_key, x0, t)
         found = denoiser.estimate(x, t, cond, key=denoiser_key)
-        x0_hat, variance = found.x0, found.variance
+        if found.variance is None:
+            raise TypeError(
+                "`HybridLoss` trains a learned variance, which the denoiser does not have: got "
+                f"{type(denoiser).__name__}. Use a LearnedVarianceDenoiser, or DenoisingLoss."
+            )
+        x0, x, x0_hat, variance = map(wide, (x0, x, found.x0, found.variance))
         simple = jnp.exp(process.log_snr(t)) * jnp.mean((x0 - x0_hat) ** 2)
 
         mean = jax.lax.stop_gradient(x0_hat)
@@ -134,17 +142,15 @@ class HybridLoss(eqx.Module):
         return simple, jnp.where(index > 1, kl, likelihood) / math.log(2)
 
     def __call__(
-        self, denoiser: LearnedVarianceDenoiser, key: PRNGKeyArray, batch: dict, frozen: dict
+        self, denoiser: Denoiser, key: PRNGKeyArray, batch: dict, frozen: dict
     ) -> tuple[Array, dict[str, Array]]:
         """Mean loss of a batch, as `DenoisingLoss`; metrics "simple" and "vlb"."""
-        x0, cond = batch["x"], batch.get("cond")
-        count = x0.shape[0]
-        time_key, example_key = jax.random.split(key)
-        keys = jax.vmap(lambda i: jax.random.fold_in(example_key, i))(jnp.arange(count))
-        level = stratified_uniform(time_key, count) * self.num_steps
-        index = 1 + jnp.minimum(level.astype(jnp.int32), self.num_steps - 1)
-        simple, vlb = jax.vmap(lambda *args: self.per_example(denoiser, *args))(
-            keys, x0, index, cond
-        )
-        loss = simple.mean() + self.vlb_weight * self.num_steps * vlb.mean()
-        return loss, {"simple": simple.mean(), "vlb": vlb.mean()}
+        check_denoiser(denoiser)
+
+        def one(key, u, x0, cond):
+            index = 1 + jnp.minimum((u * self.num_steps).astype(jnp.int32), self.num_steps - 1)
+            return self.per_example(denoiser, key, x0, index, cond)
+
+        simple, vlb = jax.tree.map(jnp.mean, each_example(one, key, batch))
+        loss = simple + self.vlb_weight * self.num_steps * vlb
+        return loss, {"simple": simple, "vlb": vlb}

@@ -10,8 +10,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import derivative, number
 from jaxdiff.processes import GaussianProcess
 
@@ -40,6 +41,29 @@ class UniformTime(TimeLaw):
         return jnp.ones_like(t) / (process.t_max - process.t_min)
 
 
+class UniformLogSNR(TimeLaw):
+    """log-SNR uniform between those of t_min and t_max.
+
+    Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", 2021,
+    arXiv 2107.00630, section 4.3: the integral of the bound is one over log-SNR.
+    """
+
+    def quantile(self, process: GaussianProcess, u: Array) -> Array:
+        """Time of log-SNR l(t_min) + u (l(t_max) - l(t_min))."""
+        clean, noisy = self._ends(process)
+        return process.time(clean + u * (noisy - clean))
+
+    def density(self, process: GaussianProcess, t: Array) -> Array:
+        """|d log_snr / dt| over the range of log-SNR."""
+        clean, noisy = self._ends(process)
+        return derivative(process.log_snr, t) / (noisy - clean)
+
+    def _ends(self, process: GaussianProcess) -> tuple[Array, Array]:
+        dtype = jnp.result_type(float)
+        t_min, t_max = (jnp.asarray(end, dtype) for end in (process.t_min, process.t_max))
+        return process.log_snr(t_min), process.log_snr(t_max)
+
+
 class LogNormal(TimeLaw):
     """log(sigma / alpha) ~ N(mean, std^2).
 
@@ -54,10 +78,13 @@ class LogNormal(TimeLaw):
     mean: float = number(-1.2)
     std: float = number(1.2)
 
+    def __check_init__(self):
+        check_number("mean", self.mean)
+        check_number("std", self.std, above=0.0)
+
     def quantile(self, process: GaussianProcess, u: Array) -> Array:
         """Time of log-SNR -2 (mean + std ndtri(u))."""
-        t = process.time(-2 * (self.mean + self.std * ndtri(u)))
-        return jnp.clip(t, process.t_min, process.t_max)
+        return process.time(-2 * (self.mean + self.std * ndtri(u)))
 
     def density(self, process: GaussianProcess, t: Array) -> Array:
         """N(log(sigma / alpha); mean, std^2) |d log(sigma / alpha) / dt|."""
@@ -73,6 +100,9 @@ class LogitNormal(TimeLaw):
         mean: location; > 0 favours noise.
         std: scale, > 0.
 
+    Raises:
+        ValueError: when used, for a process on another range, such as `EDM`.
+
     Reference: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image
     Synthesis", 2024, arXiv 2403.03206, section 3.1.
     """
@@ -80,8 +110,21 @@ class LogitNormal(TimeLaw):
     mean: float = number(0.0)
     std: float = number(1.0)
 
+    def __check_init__(self):
+        check_number("mean", self.mean)
+        check_number("std", self.std, above=0.0)
+
     def quantile(self, process: GaussianProcess, u: Array) -> Array:
-        """sigmoid(mean + std ndtri(u))."""
+        """sigmoid(mean + std ndtri(u)).
+
+        Raises:
+            ValueError: for a process whose time is not in [0, 1].
+        """
+        if process.horizon != 1:
+            raise ValueError(
+                f"`LogitNormal` is a law on [0, 1], got the process {type(process).__name__} on "
+                f"[0, {process.horizon:g}]. Use LogNormal, a law of the noise level."
+            )
         t = jax.nn.sigmoid(self.mean + self.std * ndtri(u))
         return jnp.clip(t, process.t_min, process.t_max)
 
@@ -89,17 +132,3 @@ class LogitNormal(TimeLaw):
         """N(logit t; mean, std^2) / (t (1 - t))."""
         logit = jnp.log(t) - jnp.log1p(-t)
         return jax.scipy.stats.norm.pdf(logit, self.mean, self.std) / (t * (1 - t))
-
-
-def stratified_uniform(key: PRNGKeyArray, count: int) -> Array:
-    """`count` numbers, each uniform on [0, 1], one in each of `count` equal strata.
-
-    u_i = (pi(i) + v_i) / count, v_i uniform and pi a random permutation: lower variance than
-    independent draws for any loss that is smooth in time.
-
-    Reference: stratified sampling; compare the shared shift of Kingma et al., "Variational
-    Diffusion Models", 2021, arXiv 2107.00630, appendix I.1.
-    """
-    order_key, jitter_key = jax.random.split(key)
-    strata = jax.random.permutation(order_key, count)
-    return (strata + jax.random.uniform(jitter_key, (count,))) / count

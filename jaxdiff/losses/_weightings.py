@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import derivative, number
 from jaxdiff.predictions import Eps, Prediction
 from jaxdiff.processes import GaussianProcess
@@ -73,6 +74,9 @@ class TruncatedSNR(Weighting):
 
     floor: float = number(1.0)
 
+    def __check_init__(self):
+        check_number("floor", self.floor, least=0.0)
+
     def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """max(SNR, floor)."""
         return jnp.maximum(_snr(process, t), self.floor)
@@ -89,6 +93,9 @@ class MinSNR(Weighting):
     """
 
     gamma: float = number(5.0)
+
+    def __check_init__(self):
+        check_number("gamma", self.gamma, above=0.0)
 
     def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """min(SNR, gamma)."""
@@ -108,6 +115,10 @@ class P2(Weighting):
 
     k: float = number(1.0)
     gamma: float = number(1.0)
+
+    def __check_init__(self):
+        check_number("k", self.k, least=0.0)
+        check_number("gamma", self.gamma, least=0.0)
 
     def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """SNR / (k + SNR)^gamma."""
@@ -134,6 +145,9 @@ class Sigmoid(Weighting):
     """
 
     bias: float = number(2.0)
+
+    def __check_init__(self):
+        check_number("bias", self.bias)
 
     def __call__(self, process: GaussianProcess, t: Array, density: Array) -> Array:
         """1/2 sigmoid(bias - log_snr) SNR |dlog_snr/dt| / p(t)."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float, Scalar
 
+from jaxdiff._checks import check_count, check_number
 from jaxdiff._tree import number
 from jaxdiff.metrics._pair import feature_pair
 
@@ -32,8 +33,13 @@ class Polynomial(Kernel):
     """
 
     degree: int = eqx.field(default=3, static=True)
-    gamma: float | None = None
+    gamma: float | None = number(None)
     offset: float = number(1.0)
+
+    def __check_init__(self):
+        check_count("degree", self.degree)
+        check_number("gamma", self.gamma, above=0.0)
+        check_number("offset", self.offset, least=0.0)
 
     def __call__(self, x: Array, y: Array) -> Array:
         """The Gram matrix."""
@@ -54,6 +60,9 @@ class RBF(Kernel):
     """
 
     bandwidth: float = number(1.0)
+
+    def __check_init__(self):
+        check_number("bandwidth", self.bandwidth, above=0.0)
 
     def __call__(self, x: Array, y: Array) -> Array:
         """The Gram matrix."""

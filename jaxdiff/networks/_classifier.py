@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxdiff.networks._layers import dropout
+from jaxdiff.networks._layers import check_rate, dropout, image_shape
 from jaxdiff.taps import Tap
 
 
@@ -16,7 +16,7 @@ class ConvClassifier(nnx.Module):
     Taps: "features".
 
     Args:
-        image_size: height and width of the example, divisible by 2.
+        image_size: height and width of the example, one number or two, divisible by 2.
         in_channels: channels of the example.
         num_classes: number of classes.
         channels: width of the first two convolutions; the next have twice as many.
@@ -32,7 +32,7 @@ class ConvClassifier(nnx.Module):
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: int | tuple[int, int],
         in_channels: int,
         num_classes: int,
         channels: int = 32,
@@ -41,16 +41,18 @@ class ConvClassifier(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if image_size % 2:
+        self.shape = image_shape(image_size, in_channels)
+        height, width, _ = self.shape
+        if height % 2 or width % 2:
             raise ValueError(f"`image_size` must be divisible by 2, got {image_size}.")
+        check_rate(dropout)
         kinds = {"param_dtype": param_dtype, "rngs": rngs}
-        self.shape = (image_size, image_size, in_channels)
         self.rate, self.num_classes = dropout, num_classes
         widths = [in_channels, channels, channels, 2 * channels, 2 * channels]
         self.convs = nnx.List(
             nnx.Conv(a, b, (3, 3), **kinds) for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
-        size = (image_size // 2) ** 2 * widths[-1]
+        size = (height // 2) * (width // 2) * widths[-1]
         self.hidden = nnx.Linear(size, features, **kinds)
         self.last = nnx.Linear(features, num_classes, **kinds)
 

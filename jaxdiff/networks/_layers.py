@@ -1,15 +1,21 @@
 """Pieces that several networks share. All take one example."""
 
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_number
+from jaxdiff.conditions import LABEL, as_entries, check_labels, check_taken
 from jaxdiff.taps import Tap
 
 zeros = nnx.initializers.zeros_init()
+
+TOKENS, TOKEN_MASK = "tokens", "token_mask"
 
 
 def timestep_embedding(t: Array, size: int, max_period: float = 10_000.0) -> Array:
@@ -53,24 +59,70 @@ def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def fold(key: PRNGKeyArray | None, index: int) -> PRNGKeyArray | None:
+def check_rate(rate: float) -> None:
+    """Reject dropout rates outside [0, 1)."""
+    check_number("dropout", float(rate), least=0.0, below=1.0)
+
+
+def fold(key: PRNGKeyArray | None, index: Array | int) -> PRNGKeyArray | None:
     """`fold_in`, passing None on."""
     return None if key is None else jax.random.fold_in(key, index)
 
 
-def attend(q: Array, k: Array, v: Array, num_heads: int, name: str, tap: Tap) -> Array:
-    """Multi-head softmax attention over tokens, with taps on q, k, v and the weights.
-
-    The map is an ordinary array, so that it can be read or replaced, and differentiates in
-    both modes. The softmax is computed in float32 or wider.
+def remat_policy(remat: bool | str) -> Callable[..., Any] | None:
+    """The `jax.checkpoint` policy of a name: what of a block is kept for the backward pass.
 
     Args:
-        q: `(n, d)`; k and v alike.
-        k: see q.
-        v: see q.
+        remat: True keeps nothing, and recomputes the block; a name of `jax.checkpoint_policies`
+            keeps what that policy says, e.g. "dots_saveable" all matrix products.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(remat, bool):
+        return None
+    # Those that are policies themselves, and not makers of them.
+    known = [
+        "dots_saveable",
+        "dots_with_no_batch_dims_saveable",
+        "everything_saveable",
+        "nothing_saveable",
+    ]
+    if remat not in known:
+        raise ValueError(f"`remat` must be a bool or one of {', '.join(known)}, got {remat!r}.")
+    return getattr(jax.checkpoint_policies, remat)
+
+
+ATTENTION = ("plain", "xla", "cudnn")
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    num_heads: int,
+    name: str,
+    tap: Tap,
+    *,
+    mask: Array | None = None,
+    implementation: str = "plain",
+) -> Array:
+    """Multi-head softmax attention over tokens, with taps on q, k, v and the weights.
+
+    Logits and softmax are in float32 or wider. Where a tap asks for the weights, or edits them,
+    they are an ordinary array, whatever the implementation.
+
+    Args:
+        q: `(n, d)`.
+        k: `(m, d)`.
+        v: `(m, d)`.
         num_heads: divides d.
-        name: prefix of the taps `.q`, `.k`, `.v` and `.weights` (`(heads, n, n)`).
+        name: prefix of the taps `.q`, `.k`, `.v` and `.weights` (`(heads, n, m)`).
         tap: the call's tap.
+        mask: booleans `(m,)`, which of the tokens count; None for all.
+        implementation: "plain" differentiates in both modes; "xla" and "cudnn" are those of
+            `jax.nn.dot_product_attention`, which keeps no weights with "cudnn", on a GPU in half
+            precision, and has no forward derivative there.
 
     Returns:
         `(n, d)`.
@@ -80,58 +132,285 @@ def attend(q: Array, k: Array, v: Array, num_heads: int, name: str, tap: Tap) ->
         tap(f"{name}.{part}", value).reshape(-1, num_heads, size)
         for part, value in (("q", q), ("k", k), ("v", v))
     )
-    logits = jnp.einsum("qhd,khd->hqk", q, k) / size**0.5
-    weights = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-    weights = tap(f"{name}.weights", weights.astype(v.dtype))
-    return jnp.einsum("hqk,khd->qhd", weights, v).reshape(-1, num_heads * size)
+    weights_name = f"{name}.weights"
+    if implementation != "plain" and not tap.wants(weights_name):
+        tap.skip(weights_name)
+        allowed = None if mask is None else jnp.broadcast_to(mask, (1, 1, len(q), len(k)))
+        out = jax.nn.dot_product_attention(
+            q[None], k[None], v[None], mask=allowed, implementation=implementation
+        )[0]
+        return out.reshape(-1, num_heads * size)
+    # Heads lead, so that both products are batches of matrices.
+    q, k, v = (part.swapaxes(0, 1) for part in (q, k, v))
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=wide) / size**0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+    weights = tap(weights_name, jax.nn.softmax(logits).astype(v.dtype))
+    out = jnp.einsum("hqk,hkd->hqd", weights, v)
+    return out.swapaxes(0, 1).reshape(-1, num_heads * size)
 
 
-class NoiseEmbedding(nnx.Module):
-    """Time and class, embedded and added: Linear(SiLU(Linear(sinusoids))) + class row.
+class Attention(nnx.Module):
+    """Attention of tokens to themselves, or to a context of other tokens, and a projection.
 
-    The class `num_classes` is the null label of unconditional evaluation.
+    Taps: name, the projected result, and name.q, .k, .v and .weights.
 
     Args:
-        features: size of the sinusoidal embedding.
+        features: size of a token, divisible by `num_heads`.
+        num_heads: number of heads.
+        context_size: size of a context's token; None for attention to themselves.
+        implementation: see `attend`.
+        out_init: how the projection's weights start; zero for a block that starts as the identity.
+        kinds: dtypes and initialisation keys.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        context_size: int | None = None,
+        implementation: str = "plain",
+        out_init: Callable[..., Array] | None = None,
+        **kinds: Any,
+    ):
+        if implementation not in ATTENTION:
+            raise ValueError(
+                f"`attention` must be one of {', '.join(ATTENTION)}, got {implementation!r}."
+            )
+        self.num_heads, self.implementation = num_heads, implementation
+        seen = features if context_size is None else context_size
+        self.q = nnx.Linear(features, features, **kinds)
+        self.k = nnx.Linear(seen, features, **kinds)
+        self.v = nnx.Linear(seen, features, **kinds)
+        start = {} if out_init is None else {"kernel_init": out_init}
+        self.out = nnx.Linear(features, features, **start, **kinds)
+
+    def __call__(
+        self,
+        tap: Tap,
+        name: str,
+        h: Array,
+        context: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """The result `(n, features)` for tokens h `(n, features)` and a context `(m, size)`."""
+        seen = h if context is None else context
+        mixed = attend(
+            self.q(h), self.k(seen), self.v(seen), self.num_heads, name, tap, mask=mask,
+            implementation=self.implementation,
+        )  # fmt: skip
+        return tap(name, self.out(mixed))
+
+
+def with_attention(network: nnx.Module, implementation: str) -> nnx.Module:
+    """The same network with another implementation of attention, see `attend`.
+
+    To differentiate forwards, as much of `jaxdiff.geometry` does, what was trained with "cudnn".
+    """
+    if implementation not in ATTENTION:
+        raise ValueError(
+            f"`implementation` must be one of {', '.join(ATTENTION)}, got {implementation!r}."
+        )
+    copy = nnx.merge(*nnx.split(network))
+    for _, module in nnx.iter_graph(copy):
+        if isinstance(module, Attention):
+            module.implementation = implementation
+    return copy
+
+
+class ConditionEmbedding(nnx.Module):
+    """Noise level and conditions, embedded and added.
+
+    Linear(SiLU(Linear(sinusoids of t))), plus the label's row or projection, plus a projection of
+    the sinusoids of every scalar, which starts at zero.
+
+    Args:
+        features: size of the sinusoidal embeddings.
         size: size of the result.
-        num_classes: number of classes, or None for an unconditional network.
-        dtype: compute dtype.
-        param_dtype: dtype of the weights.
-        rngs: initialisation keys.
+        num_classes: number of classes of an integer label, or None.
+        label_size: size of a vector label, or None.
+        scalars: names of further scalar conditions.
+        token_size: size of a token to attend to, or None; checked here, used by the network.
+        kinds: dtypes and initialisation keys.
     """
 
     def __init__(
         self,
         features: int,
         size: int,
-        num_classes: int | None,
         *,
-        dtype: Any,
-        param_dtype: Any,
-        rngs: nnx.Rngs,
+        num_classes: int | None = None,
+        label_size: int | None = None,
+        scalars: Sequence[str] = (),
+        token_size: int | None = None,
+        **kinds: Any,
     ):
-        self.features = features
-        self.num_classes = num_classes
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        if num_classes is not None and label_size is not None:
+            raise ValueError(
+                "`num_classes` and `label_size` are two kinds of one label, got both. A vector of "
+                f"the embedding's size, {size}, serves in place of a class without `label_size`."
+            )
+        self.features, self.size, self.num_classes = features, size, num_classes
+        self.label_size, self.token_size = label_size, token_size
         self.first = nnx.Linear(features, size, **kinds)
         self.second = nnx.Linear(size, size, **kinds)
         self.classes = None if num_classes is None else nnx.Embed(num_classes + 1, size, **kinds)
+        self.vector = None if label_size is None else nnx.Linear(label_size, size, **kinds)
+        self.scalars = nnx.Dict(
+            {name: nnx.Linear(features, size, kernel_init=zeros, **kinds) for name in scalars}
+        )
 
-    def __call__(self, t: Array, cond: Array | None) -> Array:
-        """Embedding `(size,)` of a scalar noise label and a scalar class."""
-        h = self.second(nnx.silu(self.first(timestep_embedding(t, self.features))))
-        if (cond is None) != (self.classes is None):
-            expected = (
-                "None: the network was built without num_classes"
-                if self.classes is None
-                else f"a scalar class in [0, {self.num_classes}), or {self.num_classes} for none"
-            )
-            raise ValueError(f"`cond` must be {expected}; got {cond}.")
-        if cond is None:
-            return h
-        if jnp.shape(cond) != () or not jnp.issubdtype(jnp.result_type(cond), jnp.integer):
+    def known(self) -> tuple[str, ...]:
+        """The entries of a condition that the network takes."""
+        label = (LABEL,) if self.classes is not None or self.vector is not None else ()
+        tokens = () if self.token_size is None else (TOKENS, TOKEN_MASK)
+        return (*label, *self.scalars, *tokens)
+
+    def __call__(self, t: Array, cond: PyTree) -> tuple[Array, Array | None, Array | None]:
+        """Embedding `(size,)` of a scalar noise label and a condition; tokens and their mask.
+
+        Raises:
+            ValueError: for an entry that is missing, of another shape, or that nobody takes.
+        """
+        entries = self._checked(cond)
+        emb = self.second(nnx.silu(self.first(timestep_embedding(t, self.features))))
+        if LABEL in entries:
+            emb = emb + self._label(entries[LABEL])
+        for name in self.scalars:
+            emb = emb + self.scalars[name](timestep_embedding(entries[name], self.features))
+        return emb, entries.get(TOKENS), entries.get(TOKEN_MASK)
+
+    def _label(self, label: Array) -> Array:
+        if self.vector is not None:
+            return self.vector(label)
+        if jnp.ndim(label):
+            return label
+        # Others are refused where they are known; a traced one must not read beyond the table.
+        outside = (label < 0) | (label > self.num_classes)
+        return self.classes(jnp.where(outside, self.num_classes, label))
+
+    def _checked(self, cond: PyTree) -> dict[str, Array]:
+        entries = check_taken(cond, self.known(), "this network")
+        check_labels(entries.get(LABEL), self.num_classes)
+        for name in self.known():
+            if name == TOKEN_MASK:
+                continue
+            if name not in entries:
+                raise ValueError(
+                    f"`cond` must have {self._expected(name)}, got "
+                    f"{'no condition' if not entries else sorted(entries)}."
+                )
+            if not self._fits(name, entries[name]):
+                value = entries[name]
+                raise ValueError(
+                    f"`cond` must have {self._expected(name)} for one example, got shape "
+                    f"{jnp.shape(value)} and dtype {jnp.result_type(value)}. Use jax.vmap for a "
+                    "batch."
+                )
+        return entries
+
+    def _expected(self, name: str) -> str:
+        if name == TOKENS:
+            return f"{TOKENS!r}, (n, {self.token_size})"
+        if name in self.scalars:
+            return f"{name!r}, a scalar"
+        if self.vector is not None:
+            return f"a label, a vector ({self.label_size},)"
+        return (
+            f"a scalar integer class in [0, {self.num_classes}), or {self.num_classes} for none, or"
+            f" a vector ({self.size},) in its place"
+        )
+
+    def _fits(self, name: str, value: Array) -> bool:
+        shape = jnp.shape(value)
+        if name == TOKENS:
+            return len(shape) == 2 and shape[1] == self.token_size
+        if name in self.scalars:
+            return shape == ()
+        if self.vector is not None:
+            return shape == (self.label_size,)
+        integer = jnp.issubdtype(jnp.result_type(value), jnp.integer)
+        return shape == () if integer else shape == (self.size,)
+
+
+class Network(nnx.Module):
+    """Base of the networks that take one example, its noise label, and conditions.
+
+    A network defines `shape`, `embedding` and `forward`. Its `cond` is an integer class or another
+    label, or a mapping of named entries, as in `jaxdiff.conditions`:
+
+        "label"       a class in [0, num_classes), num_classes for none, or a vector of the
+                      embedding's size in its place; a vector `(label_size,)` with `label_size`
+        further       scalars, by the names in `scalars`
+        "tokens"      `(n, token_size)` to attend to, with "token_mask", booleans `(n,)`, which
+                      of them count; all without
+
+    Attributes:
+        shape: that of an example.
+        embedding: of the noise label and conditions; its output is the tap "emb".
+    """
+
+    shape: tuple[int, ...]
+    embedding: ConditionEmbedding
+
+    @abstractmethod
+    def forward(
+        self,
+        tap: Tap,
+        x: Array,
+        emb: Array,
+        key: PRNGKeyArray | None,
+        tokens: Array | None,
+        token_mask: Array | None,
+    ) -> Array:
+        """The output for one checked example, in any dtype."""
+
+    def check_cond(self, cond: PyTree) -> None:
+        """Reject labels, of a batch or one example, that are known to be no class.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        if self.embedding.num_classes is not None:
+            check_labels(as_entries(cond).get(LABEL), self.embedding.num_classes)
+
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        cond: PyTree = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        tap: Tap | None = None,
+    ) -> Array:
+        """The output for one example, in its dtype.
+
+        Args:
+            x: the example, of the network's `shape`.
+            t: scalar noise label.
+            cond: its condition; see the class.
+            key: randomness of dropout; None turns it off.
+            tap: reads and edits inner activations; see `jaxdiff.taps`.
+
+        Raises:
+            ValueError: if x has another shape, or the condition does not fit the network.
+        """
+        if x.shape != self.shape:
             raise ValueError(
-                f"`cond` must be a scalar integer class for one example, got shape "
-                f"{jnp.shape(cond)} and dtype {jnp.result_type(cond)}. Use jax.vmap for a batch."
+                f"`x` must be one example of shape {self.shape}, got {x.shape}. "
+                "Use jax.vmap for a batch."
             )
-        return h + self.classes(jnp.asarray(cond))
+        tap = Tap() if tap is None else tap
+        emb, tokens, token_mask = self.embedding(t, cond)
+        emb = tap("emb", emb)
+        return self.forward(tap, x, emb, key, tokens, token_mask).astype(x.dtype)
+
+
+def image_shape(image_size: int | tuple[int, int], channels: int) -> tuple[int, int, int]:
+    """(H, W, C) of a height and width, or of one number for both."""
+    sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"`image_size` must be a size or (height, width), got {image_size}.")
+    return (*sizes, channels)

@@ -1,12 +1,21 @@
 """A residual MLP for vectors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxdiff.networks._layers import NoiseEmbedding, dropout, fold, zeros
+from jaxdiff.networks._layers import (
+    ConditionEmbedding,
+    Network,
+    check_rate,
+    dropout,
+    fold,
+    remat_policy,
+    zeros,
+)
 from jaxdiff.taps import Tap
 
 
@@ -28,25 +37,28 @@ class MLPBlock(nnx.Module):
         return h + self.second(dropout(inner, self.rate, key))
 
 
-class MLP(nnx.Module):
+class MLP(Network):
     """A residual MLP over one vector, conditioned on noise level and class.
 
-    Taps: "block.0", "block.1", ... (the residual stream after each block).
+    Taps: "emb"; "block.0", "block.1", ... (the residual stream after each block).
 
     Args:
         features: size d of the example, which is `(d,)`.
-        hidden: width, even.
+        hidden: width, even; the size of the embedding, too.
         num_blocks: number of residual blocks.
-        num_classes: number of classes, or None.
-        dropout: dropout rate in the blocks.
+        num_classes: number of classes, or None; see `Network` for this and the next two.
+        label_size: size of a vector label, or None.
+        scalars: names of scalar conditions.
+        dropout: dropout rate in the blocks, in [0, 1).
         out_features: size of the output; None for `features`.
-        remat: recompute each block in the backward pass.
+        remat: recompute each block in the backward pass; or what to keep of it, by the name of
+            a policy of `jax.checkpoint_policies`.
         dtype: compute dtype; None follows the input and the weights.
         param_dtype: dtype of the weights.
         rngs: initialisation keys.
 
     Raises:
-        ValueError: if `hidden` is odd or below 4.
+        ValueError: if `hidden` is odd or below 4, or for an unknown policy.
     """
 
     def __init__(
@@ -56,52 +68,46 @@ class MLP(nnx.Module):
         hidden: int = 128,
         num_blocks: int = 3,
         num_classes: int | None = None,
+        label_size: int | None = None,
+        scalars: Sequence[str] = (),
         dropout: float = 0.0,
         out_features: int | None = None,
-        remat: bool = False,
+        remat: bool | str = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if hidden < 4 or hidden % 2:
             raise ValueError(f"`hidden` must be even and at least 4, got {hidden}.")
+        check_rate(dropout)
+        remat_policy(remat)
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.features = features
-        self.remat = remat
-        self.embedding = NoiseEmbedding(hidden, hidden, num_classes, **kinds)
+        self.shape, self.remat = (features,), remat
+        self.embedding = ConditionEmbedding(
+            hidden, hidden, num_classes=num_classes, label_size=label_size, scalars=scalars, **kinds
+        )
         self.first = nnx.Linear(features, hidden, **kinds)
         self.blocks = nnx.List(MLPBlock(hidden, dropout, **kinds) for _ in range(num_blocks))
         self.norm = nnx.LayerNorm(hidden, **kinds)
         self.last = nnx.Linear(hidden, out_features or features, kernel_init=zeros, **kinds)
 
-    def __call__(
+    def forward(
         self,
+        tap: Tap,
         x: Array,
-        t: Array,
-        cond: Array | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-        tap: Tap | None = None,
+        emb: Array,
+        key: PRNGKeyArray | None,
+        tokens: Array | None,
+        token_mask: Array | None,
     ) -> Array:
-        """Output for one example `(features,)` at a scalar noise label.
-
-        Raises:
-            ValueError: if x is not `(features,)`, or `cond` does not fit `num_classes`.
-        """
-        if x.shape != (self.features,):
-            raise ValueError(
-                f"`x` must be one example of shape ({self.features},), got {x.shape}. "
-                "Use jax.vmap for a batch."
-            )
-        tap = Tap() if tap is None else tap
+        """See `Network`."""
         h = self.first(x)
         # A noise label of wider dtype than x must not widen the whole network.
-        emb = self.embedding(t, cond).astype(h.dtype)
+        emb = emb.astype(h.dtype)
         for i, block in enumerate(self.blocks):
 
             def run(tap, block, h, emb, key, i=i):
                 return tap(f"block.{i}", block(h, emb, key))
 
-            args = (block, h, emb, fold(key, i))
-            h = tap.checkpoint(run, *args) if self.remat else run(tap, *args)
-        return self.last(nnx.silu(self.norm(h))).astype(x.dtype)
+            h = tap.run(run, block, h, emb, fold(key, i), remat=self.remat)
+        return self.last(nnx.silu(self.norm(h)))

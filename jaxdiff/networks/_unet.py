@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxdiff.networks._layers import NoiseEmbedding, attend, dropout, fold, zeros
+from jaxdiff.networks._layers import (
+    Attention,
+    ConditionEmbedding,
+    Network,
+    check_rate,
+    dropout,
+    fold,
+    image_shape,
+    remat_policy,
+    zeros,
+)
 from jaxdiff.taps import Tap
 
 
@@ -20,8 +30,17 @@ class GroupNorm(nnx.GroupNorm):
         super().__init__(channels, num_groups=max(fits, default=1), **kinds)
 
     def __call__(self, x: Array) -> Array:
-        """The normalised example."""
-        return super().__call__(x[None])[0]
+        """The normalised example, in float32 or wider: one multiply-add for each of its entries."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        count = x.shape[0] * x.shape[1] * self.group_size
+
+        def mean(channels: Array) -> Array:
+            groups = channels.reshape(self.num_groups, -1).sum(-1) / count
+            return jnp.repeat(groups, self.group_size)
+
+        mu, square = mean(wide.sum((0, 1))), mean((wide * wide).sum((0, 1)))
+        gain = jax.lax.rsqrt(jnp.maximum(square - mu**2, 0.0) + self.epsilon) * self.scale[...]
+        return (wide * gain + (self.bias[...] - mu * gain)).astype(x.dtype)
 
 
 def upsample(x: Array) -> Array:
@@ -84,25 +103,44 @@ class ResBlock(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
-    """norm, self-attention over pixels, projection, plus the skip."""
+    """norm, attention over pixels, plus the skip; then, with a context, the same to its tokens."""
 
-    def __init__(self, channels: int, num_heads: int, *, skip_scale: float, **kinds: Any):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        skip_scale: float,
+        token_size: int | None = None,
+        attention: str = "plain",
+        **kinds: Any,
+    ):
         if num_heads < 1 or channels % num_heads:
             raise ValueError(
                 f"`num_heads` must divide the {channels} channels of an attention block, got "
                 f"{num_heads}. Choose another `num_heads` (or `head_channels`)."
             )
-        self.num_heads, self.skip_scale = num_heads, skip_scale
+        self.skip_scale = skip_scale
+        options = {"implementation": attention, "out_init": zeros, **kinds}
         self.norm = GroupNorm(channels, **kinds)
-        self.qkv = nnx.Linear(channels, 3 * channels, **kinds)
-        self.out = nnx.Linear(channels, channels, kernel_init=zeros, **kinds)
+        self.attention = Attention(channels, num_heads, **options)
+        crosses = token_size is not None
+        self.cross_norm = GroupNorm(channels, **kinds) if crosses else None
+        self.cross = (
+            Attention(channels, num_heads, context_size=token_size, **options) if crosses else None
+        )
 
-    def __call__(self, x: Array, name: str, tap: Tap) -> Array:
-        """One block; x `(H, W, C)`. Taps: name, name.q, .k, .v and .weights."""
-        tokens = self.norm(x).reshape(-1, x.shape[-1])
-        h = attend(*jnp.split(self.qkv(tokens), 3, axis=-1), self.num_heads, name, tap)
-        h = tap(name, self.out(h).reshape(x.shape))
-        return (x + h) * self.skip_scale
+    def __call__(
+        self, tap: Tap, name: str, x: Array, tokens: Array | None, mask: Array | None
+    ) -> Array:
+        """One block; x `(H, W, C)`. Taps: those of `Attention`, under name and name.cross."""
+        pixels = self.norm(x).reshape(-1, x.shape[-1])
+        x = (x + self.attention(tap, name, pixels).reshape(x.shape)) * self.skip_scale
+        if self.cross is not None:
+            pixels = self.cross_norm(x).reshape(-1, x.shape[-1])
+            moved = self.cross(tap, f"{name}.cross", pixels, tokens.astype(x.dtype), mask)
+            x = (x + moved.reshape(x.shape)) * self.skip_scale
+        return x
 
 
 class Stage(nnx.Module):
@@ -112,7 +150,14 @@ class Stage(nnx.Module):
         self.block, self.attention = block, attention
 
     def __call__(
-        self, tap: Tap, name: str, h: Array, emb: Array, key: PRNGKeyArray | None
+        self,
+        tap: Tap,
+        name: str,
+        h: Array,
+        emb: Array,
+        key: PRNGKeyArray | None,
+        tokens: Array | None,
+        mask: Array | None,
     ) -> Array:
         """The stage's output. Taps: name, and name.attn with its parts ("mid.attn" for mid.0)."""
         plain = isinstance(self.block, nnx.Conv)
@@ -120,17 +165,18 @@ class Stage(nnx.Module):
         if self.attention is not None:
             # The middle has one attention, and the field calls it so.
             prefix = "mid" if name == "mid.0" else name
-            h = self.attention(h, f"{prefix}.attn", tap)
+            h = self.attention(tap, f"{prefix}.attn", h, tokens, mask)
         return tap(name, h)
 
 
-class UNet(nnx.Module):
+class UNet(Network):
     """The convolutional UNet of DDPM, with the options of ADM.
 
-    Taps, in the order they are met: "in"; "down.i.j" (level i, block j) and "down.i.resample";
-    "mid.0", "mid" (the h-space); "up.i.j" and "up.i.resample". The attention of a stage is
+    Taps, in the order they are met: "emb"; "in"; "down.i.j" (level i, block j) and
+    "down.i.resample"; "mid.0", "mid" (the h-space); "up.i.j" and "up.i.resample". The attention
+    of a stage is
     "<stage>.attn" (in the middle, "mid.attn") with ".q", ".k", ".v", ".weights"
-    (`(heads, n, n)`).
+    (`(heads, n, n)`), and with tokens "<stage>.attn.cross" with the same.
 
     Args:
         channels: base width, even.
@@ -139,23 +185,30 @@ class UNet(nnx.Module):
             learned variances.
         channel_mults: width of each resolution level, in units of `channels`.
         num_res_blocks: residual blocks per level on the way down (one more on the way up).
-        attention_resolutions: image heights at which blocks attend.
-        image_size: height and width of the example; the attention resolutions refer to it.
-        num_classes: number of classes, or None.
-        dropout: dropout rate in the residual blocks.
+        attention_resolutions: heights of levels at which blocks attend; the middle does anyway.
+        image_size: height and width of the example, one number or two, each divisible by
+            2^(levels - 1).
+        num_classes: number of classes, or None; see `Network` for this and the next three.
+        label_size: size of a vector label, or None.
+        scalars: names of scalar conditions.
+        token_size: size of the tokens that blocks with attention attend to as well, or None.
+        dropout: dropout rate in the residual blocks, in [0, 1).
         num_heads: attention heads.
         head_channels: channels of a head; if given, replaces `num_heads`.
         scale_shift: modulate the second norm by the embedding (ADM) instead of adding it (DDPM).
         resample: "conv" (DDPM: strided convolution; nearest neighbour and convolution) or
             "block" (ADM: inside residual blocks).
         skip_rescale: multiply residual sums by 1/sqrt(2).
-        remat: recompute each stage in the backward pass.
+        attention: how attention is computed, see `attend`.
+        remat: recompute each stage in the backward pass; or what to keep of it, by the name of a
+            policy of `jax.checkpoint_policies`.
         dtype: compute dtype, e.g. bfloat16; None follows the input and the weights.
         param_dtype: dtype of the weights.
         rngs: initialisation keys.
 
     Raises:
-        ValueError: if sizes do not divide as required, or `resample` is unknown.
+        ValueError: if sizes do not divide as required, for attention at a height that no level
+            has, or an unknown name.
 
     Reference: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020,
     arXiv 2006.11239, appendix B; Dhariwal, Nichol, "Diffusion Models Beat GANs on Image
@@ -172,25 +225,39 @@ class UNet(nnx.Module):
         channel_mults: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (16,),
-        image_size: int = 32,
+        image_size: int | tuple[int, int] = 32,
         num_classes: int | None = None,
+        label_size: int | None = None,
+        scalars: Sequence[str] = (),
+        token_size: int | None = None,
         dropout: float = 0.0,
         num_heads: int = 1,
         head_channels: int | None = None,
         scale_shift: bool = False,
         resample: Literal["conv", "block"] = "conv",
         skip_rescale: bool = False,
-        remat: bool = False,
+        attention: Literal["plain", "xla", "cudnn"] = "plain",
+        remat: bool | str = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         levels = len(channel_mults)
-        if image_size % 2 ** (levels - 1):
+        self.shape = image_shape(image_size, in_channels)
+        height, width, _ = self.shape
+        if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
             raise ValueError(
                 f"`image_size` must be divisible by {2 ** (levels - 1)} for {levels} resolution "
                 f"levels, got {image_size}. Pad the images or give fewer `channel_mults`."
             )
+        heights = [height // 2**i for i in range(levels)]
+        if unmet := set(attention_resolutions) - set(heights):
+            raise ValueError(
+                f"`attention_resolutions` must be heights of the levels, {heights}, got "
+                f"{sorted(unmet)}. An empty tuple leaves attention to the middle."
+            )
+        check_rate(dropout)
+        remat_policy(remat)
         if channels < 4 or channels % 2:
             raise ValueError(f"`channels` must be even and at least 4, got {channels}.")
         if resample not in ("conv", "block"):
@@ -203,18 +270,19 @@ class UNet(nnx.Module):
             options = {"rate": dropout, "scale_shift": scale_shift, "skip_scale": skip_scale}
             return ResBlock(cin, cout, emb_size, resample=kind, **options, **kinds)
 
-        def attention(c):
+        def attending(c):
             if head_channels and c % head_channels:
                 raise ValueError(
                     f"`head_channels` must divide the {c} channels of an attention block, got "
                     f"{head_channels}."
                 )
             heads = c // head_channels if head_channels else num_heads
-            return AttentionBlock(c, heads, skip_scale=skip_scale, **kinds)
+            options = {"token_size": token_size, "attention": attention}
+            return AttentionBlock(c, heads, skip_scale=skip_scale, **options, **kinds)
 
         def stage(cin, cout, size):
             attends = size in attention_resolutions
-            return Stage(res(cin, cout), attention(cout) if attends else None)
+            return Stage(res(cin, cout), attending(cout) if attends else None)
 
         def resampling(c, kind):
             if resample == "block":
@@ -222,12 +290,14 @@ class UNet(nnx.Module):
             strides = 2 if kind == "down" else 1
             return Stage(nnx.Conv(c, c, (3, 3), strides=strides, **kinds))
 
-        self.image_size, self.in_channels = image_size, in_channels
         self.plain_resampling, self.remat = resample == "conv", remat
-        self.embedding = NoiseEmbedding(channels, emb_size, num_classes, **kinds)
+        self.embedding = ConditionEmbedding(
+            channels, emb_size, num_classes=num_classes, label_size=label_size, scalars=scalars,
+            token_size=token_size, **kinds,
+        )  # fmt: skip
         self.conv_in = nnx.Conv(in_channels, channels, (3, 3), **kinds)
 
-        widths, c, size = [channels], channels, image_size
+        widths, c, size = [channels], channels, height
         self.down = nnx.List()
         for i, mult in enumerate(channel_mults):
             level = nnx.List()
@@ -241,7 +311,7 @@ class UNet(nnx.Module):
                 size //= 2
             self.down.append(level)
 
-        self.mid = nnx.List([Stage(res(c, c), attention(c)), Stage(res(c, c))])
+        self.mid = nnx.List([Stage(res(c, c), attending(c)), Stage(res(c, c))])
 
         self.up = nnx.List()
         for i, mult in reversed(list(enumerate(channel_mults))):
@@ -258,41 +328,29 @@ class UNet(nnx.Module):
         self.norm_out = GroupNorm(c, **kinds)
         self.conv_out = nnx.Conv(c, out_channels or in_channels, (3, 3), kernel_init=zeros, **kinds)
 
-    def __call__(
+    def forward(
         self,
+        tap: Tap,
         x: Array,
-        t: Array,
-        cond: Array | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-        tap: Tap | None = None,
+        emb: Array,
+        key: PRNGKeyArray | None,
+        tokens: Array | None,
+        token_mask: Array | None,
     ) -> Array:
-        """Output `(H, W, out_channels)` for one example `(H, W, in_channels)`.
-
-        Raises:
-            ValueError: if x has another shape, or `cond` does not fit `num_classes`.
-        """
-        expected = (self.image_size, self.image_size, self.in_channels)
-        if x.shape != expected:
-            raise ValueError(
-                f"`x` must be one example of shape {expected}, got {x.shape}. "
-                "Use jax.vmap for a batch."
-            )
-        tap = Tap() if tap is None else tap
+        """See `Network`: `(H, W, out_channels)`."""
         h = self.conv_in(x)
         # A noise label of wider dtype than x must not widen the whole network.
-        emb = self.embedding(t, cond).astype(h.dtype)
+        emb = emb.astype(h.dtype)
         count = 0
 
         def run(stage, name, h):
             nonlocal count
             count += 1
-            args = (stage, h, emb, fold(key, count))
 
             def call(tap, stage, h, emb, key):
-                return stage(tap, name, h, emb, key)
+                return stage(tap, name, h, emb, key, tokens, token_mask)
 
-            return tap.checkpoint(call, *args) if self.remat else call(tap, *args)
+            return tap.run(call, stage, h, emb, fold(key, count), remat=self.remat)
 
         h = tap("in", h)
         skips = [h]
@@ -310,7 +368,7 @@ class UNet(nnx.Module):
                 else:
                     h = upsample(h) if self.plain_resampling else h
                     h = run(stage, f"up.{i}.resample", h)
-        return self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
+        return self.conv_out(nnx.silu(self.norm_out(h)))
 
 
 def num_params(network: nnx.Module) -> int:

@@ -181,7 +181,7 @@ class GaussianProcess(Process):
 
     def noise(self, key: PRNGKeyArray, x0: Array, t: Array) -> Array:
         """See `Process`: `marginal` of standard normal noise."""
-        return self.marginal(x0, jax.random.normal(key, x0.shape, x0.dtype), t)
+        return self.marginal(x0, jax.random.normal(key, x0.shape, x0.dtype), t).astype(x0.dtype)
 
     def prior(self, key: PRNGKeyArray, shape: tuple[int, ...], t: Array, dtype: jnp.dtype) -> Array:
         """See `Process`: N(0, sigma(t)^2 I)."""

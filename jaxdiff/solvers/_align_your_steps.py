@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_key
+from jaxdiff._checks import check_count, check_key
 from jaxdiff._tree import batched, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.solvers._grids import Schedule, log_snr_times, monotone
@@ -51,7 +51,7 @@ def _example_bound(key, x0, cond, denoiser: Denoiser, levels: Array, num_levels:
 
 
 @jit
-def _bound(key, data, cond, denoiser, times, num_levels, batch_size):
+def _bound(key, data, cond, denoiser, times, *, num_levels, batch_size):
     process = denoiser.process
     levels = jnp.exp(-0.5 * process.log_snr(jnp.clip(times, process.t_min, process.t_max)))
 
@@ -113,11 +113,11 @@ def kl_upper_bound(
     """
     check_key(key)
     times = check_times(denoiser.process, times)
-    return _bound(key, data, cond, denoiser, times, num_levels, batch_size)
+    return _bound(key, data, cond, denoiser, times, num_levels=num_levels, batch_size=batch_size)
 
 
 @jit
-def _align(key, data, cond, denoiser, times, optimiser, num_iterations, batch_size, num_levels):
+def _align(key, data, cond, denoiser, times, *, optimiser, num_iterations, batch_size, num_levels):
     process = denoiser.process
     depth = -0.5 * process.log_snr(times)
     if optimiser is None:
@@ -199,9 +199,10 @@ def align_your_steps(
     """
     check_key(key)
     process = denoiser.process
-    if isinstance(times, int):
-        times = log_snr_times(process, times)
+    if jnp.ndim(times) == 0:
+        times = log_snr_times(process, check_count("times", times))
     times = clip_times(process, times)
     return _align(
-        key, data, cond, denoiser, times, optimiser, num_iterations, batch_size, num_levels
-    )
+        key, data, cond, denoiser, times, optimiser=optimiser, num_iterations=num_iterations,
+        batch_size=batch_size, num_levels=num_levels,
+    )  # fmt: skip

@@ -44,8 +44,10 @@ def _select(genes: Array, values: Array, count: int) -> tuple[Array, Array]:
 
 
 @jit
-def _search(key, metric, candidates, probability, sizes, batch_size):
-    num_steps, population, parents, generations, mutation, crossover = sizes
+def _search(
+    key, metric, candidates, *, probability, num_steps, population, parents, generations, mutation,
+    crossover, batch_size,
+):  # fmt: skip
     inner, count = candidates.shape[0] - 2, num_steps - 1
 
     def decode(genes):
@@ -164,12 +166,15 @@ def search_times(
             f"population={population}, mutation={mutation}, crossover={crossover}, "
             f"parents={parents}. Raise population."
         )
-    sizes = (num_steps, population, parents, generations, mutation, crossover)
-    return _search(key, metric, candidates, mutation_probability, sizes, batch_size)
+    return _search(
+        key, metric, candidates, probability=mutation_probability, num_steps=num_steps,
+        population=population, parents=parents, generations=generations, mutation=mutation,
+        crossover=crossover, batch_size=batch_size,
+    )  # fmt: skip
 
 
 @jit
-def _optimise(metric, times, optimiser, num_iterations):
+def _optimise(metric, times, *, optimiser, num_iterations):
     def loss(logits):
         grid = monotone(logits, times[0], times[-1])
         return metric(grid), grid
@@ -225,4 +230,6 @@ def optimise_times(
     Norouzi, "Learning Fast Samplers for Diffusion Models by Differentiating Through Sample
     Quality", 2022, arXiv 2202.05830, section 3.
     """
-    return _optimise(metric, check_monotone(times), optimiser, num_iterations)
+    return _optimise(
+        metric, check_monotone(times), optimiser=optimiser, num_iterations=num_iterations
+    )

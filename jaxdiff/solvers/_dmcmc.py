@@ -216,7 +216,7 @@ def langevin_gibbs(
         low, high = np.min(level_index), np.max(level_index)
         if low < 0 or high >= len(levels):
             raise ValueError(
-                f"`level_index` must lie in [0, {len(levels) - 1}], the levels, got {low} to {high}."
+                f"`level_index` must lie in [0, {len(levels) - 1}], got {low} to {high}."
             )
     check_count("keep_every", keep_every)
     if num_steps < 1 or num_steps % keep_every:

@@ -40,6 +40,8 @@ class EDMHeun(ExplicitSolver):
     def __check_init__(self):
         check_number("s_churn", self.s_churn, least=0.0)
         check_number("s_noise", self.s_noise, least=0.0)
+        check_number("s_tmin", self.s_tmin, least=0.0)
+        check_number("s_tmax", self.s_tmax, finite=False)
 
     @property
     def stochastic(self) -> bool:

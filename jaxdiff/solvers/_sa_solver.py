@@ -60,6 +60,8 @@ class SASolver(Multistep):
 
     def __check_init__(self):
         check_number("tau", self.tau, least=0.0)
+        check_number("t_low", self.t_low)
+        check_number("t_high", self.t_high, finite=False)
         check_order(self.predictor_order, 4)
         highest = min(self.predictor_order + 1, 4)
         if not 0 <= self.corrector_order <= highest:

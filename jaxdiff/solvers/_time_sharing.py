@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdiff._checks import check_count, check_number
 from jaxdiff._tree import number
 from jaxdiff.denoiser import Preconditioning, TimeLabel
 from jaxdiff.processes import GaussianProcess
@@ -43,11 +44,9 @@ class SharedTimes(Preconditioning):
     num_intervals: int = eqx.field(static=True, default=5)
 
     def __check_init__(self):
-        if self.num_intervals < 1:
-            raise ValueError(
-                f"`num_intervals` must be at least 1, got {self.num_intervals}. Use `base` alone "
-                "to share nothing."
-            )
+        check_number("threshold", self.threshold, above=0.0)
+        remedy = "Use `base` alone to share nothing."
+        check_count("num_intervals", self.num_intervals, instead=remedy)
 
     def shared_time(self, process: GaussianProcess, t: Array) -> Array:
         """f(t), elementwise: the time that the network is told."""

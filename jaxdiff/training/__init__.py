@@ -12,8 +12,11 @@ from jaxdiff.training._loop import Hook as Hook
 from jaxdiff.training._loop import Interrupted as Interrupted
 from jaxdiff.training._loop import NonFiniteLossError as NonFiniteLossError
 from jaxdiff.training._loop import fit as fit
+from jaxdiff.training._step import Follow as Follow
+from jaxdiff.training._step import Frozen as Frozen
 from jaxdiff.training._step import Player as Player
 from jaxdiff.training._step import PlayerState as PlayerState
 from jaxdiff.training._step import TrainState as TrainState
 from jaxdiff.training._step import init_train_state as init_train_state
 from jaxdiff.training._step import make_train_step as make_train_step
+from jaxdiff.training._step import next_phase as next_phase

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxdiff._checks import check_number
 from jaxdiff._tree import number
 
 
@@ -56,6 +57,9 @@ class ConstantEMA(EMA):
 
     decay: float = number(0.9999)
 
+    def __check_init__(self):
+        check_number("decay", self.decay, least=0.0, below=1.0)
+
     def rates(self, count: Array) -> Sequence[Array]:
         """A single rate, 1 - decay_n."""
         return [jnp.maximum(1 - self.decay, 9 / (10 + count))]
@@ -75,6 +79,10 @@ class PowerEMA(EMA):
     """
 
     sigma_rels: tuple[float, ...] = eqx.field(static=True, default=(0.05, 0.10))
+
+    def __check_init__(self):
+        for width in self.sigma_rels:
+            sigma_rel_to_gamma(width)
 
     @property
     def num_averages(self) -> int:

@@ -1,7 +1,6 @@
-"""The training loop: hooks, checkpoints, signals, and a stop at the first non-finite loss."""
+"""The training loop: hooks, checkpoints, signals, and a stop at losses that are not finite."""
 
 import contextlib
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +9,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
+from jaxdiff._checks import check_count
+from jaxdiff.parallel import join_devices
 from jaxdiff.training._checkpoint import CheckpointStore
 from jaxdiff.training._step import TrainState
 
@@ -36,20 +38,24 @@ class NonFiniteLossError(FloatingPointError):
     """The loss, another metric, or a weight is NaN or infinite."""
 
 
+Metrics = dict[str, float | np.ndarray]
+
+
 class Hook(NamedTuple):
     """Something to do every few steps, and after the last.
 
     Attributes:
         every: number of steps.
         call: `call(step, state, metrics)`; `metrics` are means over the steps since the last
-            call of a hook or checkpoint, as floats. Those of a player that rests at some steps
-            are means over its updates, and absent if there were none.
+            call of a hook or checkpoint, floats or vectors. Those of a player that rests at some
+            steps are means over its updates, and absent if there were none. Returning True ends
+            the run after this step, with a checkpoint.
         before_checkpoint: whether it precedes a checkpoint of the same step: for records, so that
             a run which goes on from the checkpoint has them. Others follow it, as they may fail.
     """
 
     every: int
-    call: Callable[[int, TrainState, dict[str, float]], None]
+    call: Callable[[int, TrainState, Metrics], bool | None]
     before_checkpoint: bool = False
 
 
@@ -77,20 +83,41 @@ def _refuse(name: str, value: str, step: int, store: CheckpointStore | None) -> 
     )
 
 
-def _finite_means(history: list, step: int, store: CheckpointStore | None) -> dict[str, float]:
-    """Means of the metrics of the steps before `step`; raises at the first not finite."""
-    values = jax.device_get(history)
-    for at, metrics in enumerate(values, step - len(values)):
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                _refuse(f"`{name}`", str(float(value)), at, store)
-    means = {}
-    for name in values[0] if values else ():
-        flag = name.rpartition("/")[0] + "/updated" if "/" in name else "updated"
-        updated = [m for m in values if flag == name or m.get(flag, 1)]
-        if updated:
-            means[name] = float(sum(m[name] for m in updated) / len(updated))
-    return means
+class _Means:
+    """Means of metrics over the steps since they were last asked for; stops at what is not finite.
+
+    Args:
+        store: named in the error.
+        tolerance: how many steps in a row may have a metric that is not finite.
+    """
+
+    def __init__(self, store: CheckpointStore | None, tolerance: int):
+        self.store, self.tolerance = store, tolerance
+        self.history, self.in_a_row = [], 0
+
+    def take(self, step: int) -> tuple[Metrics, int]:
+        """Means over the steps before `step` that were finite, and how many were not."""
+        values = jax.device_get(self.history)
+        self.history.clear()
+        finite = []
+        for at, metrics in enumerate(values, step - len(values)):
+            bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            if self.in_a_row > self.tolerance:
+                value = np.asarray(metrics[bad[0]])
+                told = str(float(value)) if value.ndim == 0 else "NaN or infinite"
+                often = f" for the {self.in_a_row}th step in a row" if self.tolerance else ""
+                _refuse(f"`{bad[0]}`", told + often, at, self.store)
+            if not bad:
+                finite.append(metrics)
+        means = {}
+        for name in finite[0] if finite else ():
+            flag = name.rpartition("/")[0] + "/updated" if "/" in name else "updated"
+            updated = [m[name] for m in finite if flag == name or m.get(flag, 1)]
+            if updated:
+                mean = np.mean(np.asarray(updated, np.float64), axis=0)
+                means[name] = float(mean) if mean.ndim == 0 else mean
+        return means, len(values) - len(finite)
 
 
 @jax.jit
@@ -98,12 +125,35 @@ def _all_finite(arrays: list) -> jax.Array:
     return jnp.stack([jnp.isfinite(a).all() for a in arrays]).all()
 
 
-def _check_weights(state: TrainState, step: int, store: CheckpointStore) -> None:
+def _check_weights(state: TrainState, step: int, store: CheckpointStore | None) -> None:
     """Raise if a model or an average is not finite; its loss would tell one step too late."""
     parts = [(player.model, player.averages) for player in state.players.values()]
     arrays = [a for a in jax.tree.leaves(parts) if eqx.is_inexact_array(a)]
     if not _all_finite(arrays):
         _refuse("A weight", "NaN or infinite", step, store)
+
+
+def _cond_checks(state: TrainState) -> list[Callable[[PyTree], None]]:
+    """What the models check of conditions: labels outside the classes would train in silence."""
+    models = [player.model for player in state.players.values()]
+    return [model.check_cond for model in models if hasattr(model, "check_cond")]
+
+
+def _check_batch(checks: list, batch: PyTree) -> None:
+    cond = batch.get("cond") if isinstance(batch, dict) else None
+    # On the host alone: arrays on a device would have to be waited for.
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(cond)):
+        for check in checks:
+            check(cond)
+
+
+def _placed(constants: dict[str, PyTree] | None, state: TrainState) -> dict[str, PyTree]:
+    """Constants on the devices of the state, once and not at every step."""
+    constants = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf, constants or {}
+    )
+    sharding = state.step.sharding
+    return join_devices(constants, sharding) if hasattr(sharding, "mesh") else constants
 
 
 def fit(
@@ -118,6 +168,7 @@ def fit(
     config: Any = None,
     place: Callable[[PyTree], PyTree] = lambda batch: batch,
     constants: dict[str, PyTree] | None = None,
+    tolerance: int = 0,
 ) -> TrainState:
     """Train until step `num_steps`, beginning at `state.step`.
 
@@ -135,7 +186,10 @@ def fit(
         checkpoint_every: steps between checkpoints; another is written at the end.
         config: configuration of the run, kept in the checkpoints.
         place: puts a batch on the devices, e.g. `lambda b: shard_batch(b, mesh)`.
-        constants: passed to the losses.
+        constants: passed to the losses; placed on all devices of the state.
+        tolerance: how many steps in a row may have a metric that is NaN or infinite, for
+            optimisers that skip those, such as `optax.apply_if_finite`; means leave them out. The
+            weights must stay finite.
 
     Returns:
         The final state.
@@ -144,10 +198,16 @@ def fit(
         Interrupted: after SIGTERM or SIGINT, once a checkpoint is written.
         NonFiniteLossError: if a metric or weight is NaN or infinite; nothing is saved. Seen when
             a hook or checkpoint is due.
-        ValueError: if the batches end too early.
+        ValueError: if the batches end too early, or hold labels that are no class of a model.
         CheckpointError: if a checkpoint cannot be written.
     """
-    index, history, received = int(state.step), [], []
+    check_count("num_steps", num_steps, least=0)
+    check_count("checkpoint_every", checkpoint_every)
+    for hook in hooks:
+        check_count("every", hook.every, instead="It is the hook's number of steps.")
+    index, received = int(state.step), []
+    means_of = _Means(store, check_count("tolerance", tolerance, least=0))
+    checks, constants = _cond_checks(state), _placed(constants, state)
 
     def save():
         if store is not None:
@@ -157,8 +217,10 @@ def fit(
     with _signals(received):
         while index < num_steps:
             batch = _next(batches, index, num_steps)
+            _check_batch(checks, batch)
             state, metrics = step(state, place(batch), constants)
             index += 1
+            history = means_of.history
             history.append(metrics)
             if len(history) > RUN_AHEAD:
                 jax.block_until_ready(history[-1 - RUN_AHEAD])
@@ -166,20 +228,25 @@ def fit(
             due = [hook for hook in hooks if index % hook.every == 0 or last]
             saving = last or index % checkpoint_every == 0
             if due or saving or received:
-                means = _finite_means(history, index, store)
-                history.clear()
+                means, skipped = means_of.take(index)
+                if skipped:
+                    _check_weights(state, index, store)
+            ends = False
             for hook in due:
                 if hook.before_checkpoint:
-                    hook.call(index, state, means)
+                    ends |= hook.call(index, state, means) is True
             if saving:
                 save()
             for hook in due:
                 if not hook.before_checkpoint:
-                    hook.call(index, state, means)
-            if stop := list(received):  # perhaps during a hook or the save
-                if not saving:
-                    save()
+                    ends |= hook.call(index, state, means) is True
+            stop = list(received)  # perhaps during a hook or the save
+            if (stop or ends) and not saving:
+                save()
+            if stop:
                 raise Interrupted(stop[0], index)
+            if ends:
+                break
     return state
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_key
-from jaxdiff._tree import traced_floats
+from jaxdiff._checks import check_count, check_key, check_number
+from jaxdiff._tree import number, traced_floats
 from jaxdiff.training._ema import EMA
+
+# The key that players share is folded in here, far from their numbers.
+_SHARED = 2**31
 
 
 def _arrays(state: "TrainState") -> tuple:
@@ -27,46 +30,153 @@ def _network(model: Any) -> Any:
 class Player(eqx.Module):
     """A model that learns: what it minimises, and how.
 
+    A loss is any callable `loss(model, key, batch, frozen) -> (scalar, metrics)`; metrics are
+    numbers or vectors. `frozen` is a `Frozen`: the other players' current models and the constants
+    by name, the training step, everybody's averages, and a key that all players share. A loss may
+    be more than that:
+
+        loss.init_state(model) -> state     it keeps a state, any pytree: it finds it in
+                                            `frozen.state` and returns the next one third,
+                                            `(scalar, metrics, state)`
+        loss.gradient(model, key, batch, frozen) -> (scalar, metrics[, state]), gradient
+                                            it makes its own gradient, a model with gradients in
+                                            place of weights, as of `equinox.filter_grad`
+
     Args:
         model: any pytree, usually a `NetworkDenoiser`.
-        loss: `loss(model, key, batch, frozen) -> (scalar, metrics)`; `frozen` holds the other
-            players' current models and the constants, by name.
+        loss: what is minimised; or, without an optimiser, a rule
+            `rule(model, key, batch, frozen) -> (next model, metrics[, state])`, such as `Follow`.
         optimizer: an optax transformation; gradient clipping (`optax.chain`) and accumulation
-            (`optax.MultiSteps`) are its business.
+            (`optax.MultiSteps`) are its business. None for a rule.
         ema: average of the weights, or None. Updated at every update of the player; with
             `optax.MultiSteps` that is every micro-step, so count its decay in those.
-        every: update only at steps divisible by this.
+        every: update only at steps divisible by this; or a function of the step that says whether
+            to, for warm-ups, offsets and alternation.
         trainable: which part of the model learns, `model -> subtree`. Everything else, such as
             the constants of a noise schedule, never changes.
+        mask: which entries of that part learn: booleans, broadcast to the weights, as a pytree of
+            its structure or a prefix of it. The others see no gradient and stay bit for bit,
+            whatever the optimiser does. None for all.
     """
 
     model: PyTree
-    loss: Callable[..., tuple[Array, dict[str, Array]]]
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    loss: Callable[..., Any]
+    optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
     ema: EMA | None = None
-    every: int = eqx.field(static=True, default=1)
+    every: int | Callable[[Array], Array] = 1
     trainable: Callable[[PyTree], PyTree] = eqx.field(static=True, default=_network)
+    mask: PyTree = None
 
     def __check_init__(self):
-        if self.every < 1:
-            raise ValueError(
-                f"`every` must be at least 1, got {self.every}. Pass 1 for every step."
-            )
+        if not callable(self.every):
+            remedy = "Pass 1 for every step, or a function of the step."
+            check_count("every", self.every, instead=remedy)
 
 
 class PlayerState(eqx.Module):
-    """A player's model, its optimiser's state, and the averages of its weights."""
+    """A player's model, its optimiser's state, the averages of its weights, and its loss's state.
+
+    Attributes:
+        model: the current model.
+        opt_state: the optimiser's; None for a rule.
+        averages: averaged weights, one pytree for each average.
+        updates: how often the player has been updated.
+        loss_state: what the loss keeps; None for one without a state.
+        trainable: which part of the model learns.
+    """
 
     model: PyTree
     opt_state: PyTree
     averages: list[PyTree]
+    updates: Array | None = None
+    loss_state: PyTree = None
+    trainable: Callable[[PyTree], PyTree] = eqx.field(static=True, default=_network)
 
-    def averaged(self, trainable: Callable[[PyTree], PyTree] = _network, index: int = 0) -> PyTree:
-        """The model with its averaged weights, as one samples from it."""
+    def averaged(
+        self, trainable: Callable[[PyTree], PyTree] | None = None, *, index: int = 0
+    ) -> PyTree:
+        """The model with its averaged weights, as one samples from it.
+
+        Args:
+            trainable: another part of the model than the one that learned.
+            index: which of several averages.
+        """
         if not self.averages:
             return self.model
-        weights = eqx.combine(self.averages[index], trainable(self.model))
-        return eqx.tree_at(trainable, self.model, weights)
+        part = self.trainable if trainable is None else trainable
+        weights = eqx.combine(self.averages[index], part(self.model))
+        return eqx.tree_at(part, self.model, weights)
+
+
+class Frozen(eqx.Module, Mapping):
+    """What a loss is given beside its model, key and batch; a mapping of models and constants.
+
+    Attributes:
+        entries: the other players' current models, and the constants, by name: `frozen["teacher"]`.
+        step: the training step, an integer that is 0 at the first.
+        key: a key of the step that all players share, for those that must see the same noise.
+        players: every player's state, the own one included.
+        state: what the loss itself keeps from step to step.
+    """
+
+    entries: dict[str, PyTree] = eqx.field(default_factory=dict)
+    step: Array | int = 0
+    key: PRNGKeyArray | None = None
+    players: dict[str, PlayerState] = eqx.field(default_factory=dict)
+    state: PyTree = None
+
+    def averaged(self, name: str, index: int = 0) -> PyTree:
+        """A player's model with its averaged weights; the own one too."""
+        return self.players[name].averaged(index=index)
+
+    def __getitem__(self, name: str) -> PyTree:
+        """The model or constant of this name.
+
+        Raises:
+            KeyError: naming those there are.
+        """
+        if name not in self.entries:
+            raise KeyError(f"no player or constant {name!r}; there are {sorted(self.entries)}")
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class Follow(eqx.Module):
+    """A rule, for a player without an optimiser: its weights follow those of another player.
+
+    weights <- decay weights + (1 - decay) theirs
+
+    Args:
+        player: whom to follow.
+        decay: in [0, 1); 0 copies.
+        part: which part of both models, `model -> subtree`.
+    """
+
+    player: str = eqx.field(static=True)
+    decay: float = number(0.0)
+    part: Callable[[PyTree], PyTree] = eqx.field(static=True, default=_network)
+
+    def __check_init__(self):
+        check_number("decay", self.decay, least=0.0, below=1.0)
+
+    def __call__(
+        self, model: PyTree, key: PRNGKeyArray, batch: PyTree, frozen: Frozen
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """The next model, and no metrics."""
+        del key, batch
+
+        def mix(mine, theirs):
+            if not eqx.is_inexact_array(mine):
+                return mine
+            return (self.decay * mine + (1 - self.decay) * theirs).astype(mine.dtype)
+
+        mixed = jax.tree.map(mix, self.part(model), self.part(frozen[self.player]))
+        return eqx.tree_at(self.part, model, mixed), {}
 
 
 class TrainState(eqx.Module):
@@ -110,48 +220,212 @@ def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainStat
 
     Raises:
         TypeError: if `key` is not a typed key.
+        ValueError: for a player that has nothing to learn.
     """
     check_key(key)
-    state = TrainState.pack(
-        step=jnp.zeros((), jnp.int32),
-        key=key,
-        players={name: _init_player(player) for name, player in players.items()},
-    )
+    states = {name: _init_player(name, player) for name, player in players.items()}
+    state = TrainState.pack(step=jnp.zeros((), jnp.int32), key=key, players=states)
     return jax.tree.map(jnp.array, state)
 
 
-def _init_player(player: Player) -> PlayerState:
-    model = traced_floats(player.model)
-    # Updates return strong types; weakly typed weights would compile the step twice.
-    strong = jax.tree.map(
-        lambda leaf: leaf.astype(leaf.dtype) if eqx.is_inexact_array(leaf) else leaf,
-        player.trainable(model),
+def next_phase(
+    state: TrainState, players: dict[str, Player], *, fresh: Collection[str] = ()
+) -> TrainState:
+    """The state of a run that goes on with other players, losses or optimisers.
+
+    Step and key go on, and so does all of a player that was there before: model, optimiser,
+    averages and the loss's state. Those named in `fresh`, and those that were not there, begin
+    anew with the models they are given, such as the teacher of the next round of a distillation.
+    With the players of a checkpoint's phase this is also the template to restore it to.
+
+    Args:
+        state: at the end of the phase before.
+        players: those of the next one, as for `make_train_step`.
+        fresh: names of the players that begin anew.
+
+    Raises:
+        ValueError: for a player that is to go on and has a state of another structure, or one that
+            has nothing to learn.
+    """
+    before, states = state.players, {}
+    for name, player in players.items():
+        states[name] = _init_player(name, player)
+        if name in before and name not in fresh:
+            old, new = (_parts(s) for s in (before[name], states[name]))
+            if differing := [part for part in old if _form(old[part]) != _form(new[part])]:
+                raise ValueError(
+                    f"The player {name!r} cannot go on: its {differing[0]} has another structure "
+                    f"than before. Name it in `fresh` to begin anew with the model it is given."
+                )
+            states[name] = dataclasses.replace(before[name], trainable=player.trainable)
+    after = TrainState.pack(step=state.step, key=state.key, players=states)
+    return jax.tree.map(jnp.array, after)
+
+
+def _parts(state: PlayerState) -> dict[str, PyTree]:
+    return {
+        "model": state.model,
+        "optimiser": state.opt_state,
+        "average": state.averages,
+        "loss's state": state.loss_state,
+    }
+
+
+def _form(tree: PyTree) -> tuple:
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf)]
+    return jax.tree.structure(tree), [(a.shape, a.dtype) for a in arrays]
+
+
+def _strong(tree: PyTree) -> PyTree:
+    """Arrays without weak types: updates return strong ones, and would compile the step twice."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(leaf.dtype) if eqx.is_array(leaf) and not _is_key(leaf) else leaf,
+        tree,
     )
-    model = eqx.tree_at(player.trainable, model, strong)
-    params = eqx.filter(strong, eqx.is_inexact_array)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _init_player(name: str, player: Player) -> PlayerState:
+    model = traced_floats(player.model)
+    part = _strong(player.trainable(model)) if player.optimizer else player.trainable(model)
+    model = eqx.tree_at(player.trainable, model, part)
+    params = eqx.filter(part, eqx.is_inexact_array)
+    if player.optimizer is not None and not jax.tree.leaves(params):
+        raise ValueError(
+            f"The player {name!r} has nothing to learn: the part of its model that `trainable` "
+            f"selects, a {type(part).__name__}, holds no floating-point arrays. A closure or "
+            "functools.partial hides its weights; bind them with "
+            "jax.tree_util.Partial(apply, weights), or write an equinox.Module or nnx.Module."
+        )
+    _check_mask(name, player.mask, params)
     averages = player.ema.init(params) if player.ema else []
-    return PlayerState(model, player.optimizer.init(params), averages)
+    opt_state = player.optimizer.init(params) if player.optimizer else None
+    loss_state = None
+    if hasattr(player.loss, "init_state"):
+        loss_state = jax.tree.map(jnp.asarray, player.loss.init_state(model))
+        loss_state = _strong(loss_state)
+    updates = jnp.zeros((), jnp.int32)
+    return PlayerState(model, opt_state, averages, updates, loss_state, player.trainable)
 
 
-def _update(player: Player, state: PlayerState, key, batch, frozen, step):
+def _check_mask(name: str, mask: PyTree, params: PyTree) -> None:
+    """Reject masks that are not of the weights.
+
+    Raises:
+        ValueError: naming the first leaf that does not fit.
+    """
+    if mask is None:
+        return
+
+    def check(path, part, weights):
+        for leaf in jax.tree.leaves(weights):
+            shape = jnp.shape(part)
+            fits = len(shape) <= leaf.ndim and all(
+                a in (1, b) for a, b in zip(reversed(shape), reversed(leaf.shape), strict=False)
+            )
+            if not fits or not jnp.issubdtype(jnp.result_type(part), bool):
+                raise ValueError(
+                    f"`mask{jax.tree_util.keystr(path)}` of the player {name!r} must be boolean "
+                    f"and broadcast to weights of shape {leaf.shape}, got "
+                    f"{jnp.result_type(part)} of shape {shape}."
+                )
+
+    try:
+        jax.tree_util.tree_map_with_path(check, mask, params)
+    except (ValueError, TypeError) as error:
+        if "`mask" in str(error):
+            raise
+        raise ValueError(
+            f"`mask` of the player {name!r} must be a pytree of the structure of the part that "
+            f"learns, or a prefix of it: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _update(name: str, player: Player, state: PlayerState, key, batch, frozen):
     """One update of one player."""
-    params, rest = eqx.partition(player.trainable(state.model), eqx.is_inexact_array)
+    part = player.trainable(state.model)
+    params, rest = eqx.partition(part, eqx.is_inexact_array)
+    args = key, batch, frozen
 
     def with_weights(params):
         return eqx.tree_at(player.trainable, state.model, eqx.combine(params, rest))
 
-    def objective(params):
-        return player.loss(with_weights(params), key, batch, frozen)
+    if player.optimizer is None:
+        model, *found = player.loss(state.model, *args)
+        metrics, loss_state = _metrics_and_state(name, state, found)
+        model = _as_before(name, "model", state.model, model)
+        moved = eqx.filter(player.trainable(model), eqx.is_inexact_array)
+        moved, opt_state = _masked(player.mask, moved, params), None
+        model = eqx.tree_at(player.trainable, model, eqx.combine(moved, player.trainable(model)))
+    else:
+        if hasattr(player.loss, "gradient"):
+            (value, *found), grads = player.loss.gradient(state.model, *args)
+            grads = eqx.filter(player.trainable(grads), eqx.is_inexact_array)
+        else:
 
-    (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    updates, opt_state = player.optimizer.update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    averages = state.averages
+            def objective(params):
+                value, *found = player.loss(with_weights(params), *args)
+                return value, found
+
+            (value, found), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        metrics, loss_state = _metrics_and_state(name, state, found)
+        grads = _masked(player.mask, grads, jax.tree.map(jnp.zeros_like, grads))
+        updates, opt_state = player.optimizer.update(grads, state.opt_state, params)
+        moved = _masked(player.mask, optax.apply_updates(params, updates), params)
+        model = with_weights(moved)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
+    averages, count = state.averages, state.updates + 1
     if player.ema is not None:
-        count = (step // player.every + 1).astype(float)
-        averages = player.ema.update(averages, params, count)
-    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
-    return PlayerState(with_weights(params), opt_state, averages), metrics
+        averages = player.ema.update(averages, moved, count.astype(float))
+    after = PlayerState(model, opt_state, averages, count, loss_state, state.trainable)
+    return after, metrics
+
+
+def _masked(mask: PyTree, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the mask is, else `old`."""
+    if mask is None:
+        return new
+
+    def choose(mask, new, old):
+        return jax.tree.map(lambda n, o: jnp.where(mask, n, o), new, old)
+
+    return jax.tree.map(choose, mask, new, old)
+
+
+def _metrics_and_state(name: str, state: PlayerState, found: list) -> tuple[dict, PyTree]:
+    """What a loss returned beside its value, after checking that its state is what it was."""
+    if (len(found) > 1) != (state.loss_state is not None):
+        raise ValueError(
+            f"The loss of the player {name!r} must return its next state third if and only if it "
+            f"has an `init_state`, got {1 + len(found)} values."
+        )
+    if len(found) == 1:
+        return found[0], None
+    return found[0], _as_before(name, "loss state", state.loss_state, found[1])
+
+
+def _as_before(name: str, what: str, old: PyTree, new: PyTree) -> PyTree:
+    """`new`, in the dtypes of `old`, after checking that it is of the same structure and shapes."""
+    described = [
+        [(jnp.shape(leaf) if eqx.is_array_like(leaf) else leaf) for leaf in jax.tree.leaves(tree)]
+        for tree in (old, new)
+    ]
+    if jax.tree.structure(old) != jax.tree.structure(new) or described[0] != described[1]:
+        raise ValueError(
+            f"The {what} of the player {name!r} must keep its structure and shapes, got "
+            f"{jax.tree.map(jnp.shape, eqx.filter(new, eqx.is_array))} for "
+            f"{jax.tree.map(jnp.shape, eqx.filter(old, eqx.is_array))}."
+        )
+
+    def cast(old, new):
+        if not eqx.is_array(old) or _is_key(old):
+            return new
+        return jax.lax.convert_element_type(new, old.dtype)
+
+    return jax.tree.map(cast, old, new)
 
 
 def make_train_step(
@@ -160,27 +434,26 @@ def make_train_step(
     """One compiled training step over all players.
 
     `step(state, batch, constants=None) -> (state, metrics)`. Pure; `state` is donated, so keep
-    only the returned one. Models, losses' numbers, batch and constants are all arguments of the
-    program: new values never recompile it. Its randomness is `fold_in(state.key, state.step)`.
+    only the returned one. Models, losses' numbers, masks, batch and constants are all arguments of
+    the program: new values never recompile it. Its randomness is `fold_in(state.key, state.step)`.
 
     Players are updated in the order given, each seeing the current models of the others, those
     before it already updated. Metrics are the loss, the norm of its gradient and the loss's own,
-    named "player/metric" if there are several players. A player with `every` above 1 also reports
-    "updated", 1 or 0, and zeros where it is 0.
+    named "player/metric" if there are several players. A player that rests at some steps also
+    reports "updated", 1 or 0, and zeros where it is 0.
 
     Args:
         players: `{name: Player}`, the ones `init_train_state` was given.
     """
+
     # Pairs, since a dict is rebuilt in the order of its keys.
-    rules = [
-        (
-            name,
-            dataclasses.replace(
-                p, model=None, loss=traced_floats(p.loss), ema=traced_floats(p.ema)
-            ),
-        )
-        for name, p in players.items()
-    ]
+    def rule(player: Player) -> Player:
+        numbers = traced_floats((player.loss, player.ema, player.every))
+        loss, ema, every = numbers
+        mask = jax.tree.map(jnp.asarray, player.mask)
+        return dataclasses.replace(player, model=None, loss=loss, ema=ema, every=every, mask=mask)
+
+    rules = [(name, rule(player)) for name, player in players.items()]
 
     # Only what the compiled program returns is rebuilt; its structure never changes, so that
     # keeping the first one's makes later comparisons of structures a comparison of identity.
@@ -199,22 +472,25 @@ def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
     """One update of every player whose turn it is."""
     rules, constants = eqx.combine(arrays, jax.tree.unflatten(*static))
     key = jax.random.fold_in(state.key, state.step)
+    shared = jax.random.fold_in(key, _SHARED)
     states, metrics = state.players, {}
     for index, (name, player) in enumerate(rules):
         models = {other: s.model for other, s in states.items() if other != name}
-        args = (jax.random.fold_in(key, index), batch, {**constants, **models}, state.step)
-        update = eqx.Partial(_update, player)
-        if player.every == 1:
-            states[name], own = update(states[name], *args)
-        else:
+        own = states[name].loss_state
+        frozen = Frozen({**constants, **models}, state.step, shared, dict(states), own)
+        args = (jax.random.fold_in(key, index), batch, frozen)
+        update = eqx.Partial(_update, name, player)
+        if callable(player.every) or player.every > 1:
             states[name], own = _sometimes(update, player.every, states[name], args)
+        else:
+            states[name], own = update(states[name], *args)
         prefix = f"{name}/" if len(rules) > 1 else ""
         metrics |= {prefix + metric: value for metric, value in own.items()}
     return TrainState.pack(step=state.step + 1, key=state.key, players=states), metrics
 
 
 def _sometimes(update, every, state, args):
-    """`update` at steps divisible by `every`; else the state as it is, and metrics of zero."""
+    """`update` at the player's steps; else the state as it is, and metrics of zero."""
     arrays, rest = eqx.partition(state, eqx.is_array)
 
     def act(arrays):
@@ -223,5 +499,7 @@ def _sometimes(update, every, state, args):
 
     shapes = jax.eval_shape(act, arrays)[1]
     idle = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    arrays, metrics = jax.lax.cond(args[-1] % every == 0, act, lambda a: (a, idle), arrays)
+    step = args[-1].step
+    now = every(step) if callable(every) else step % every == 0
+    arrays, metrics = jax.lax.cond(now, act, lambda a: (a, idle), arrays)
     return eqx.combine(arrays, rest), metrics

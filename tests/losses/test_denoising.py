@@ -2,6 +2,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import gaussian, mixture
 
 from jaxdiff import losses, processes
@@ -114,11 +115,71 @@ def test_variational_bound_of_the_exact_denoiser_is_the_entropy(x64):
 
     x0 = jax.vmap(oracle.sample_data)(jax.random.split(jax.random.key(0), 20_000))
     u = losses.stratified_uniform(jax.random.key(1), 20_000)
-    t = losses.UniformTime().quantile(process, u)
-    estimates = jax.vmap(lambda *args: losses.variational_bound(oracle, *args))(
-        jax.random.split(jax.random.key(2), 20_000), x0, t
-    )
-    assert abs(estimates.mean() - entropy) < 4 * estimates.std() / np.sqrt(20_000)
+    keys = jax.random.split(jax.random.key(2), 20_000)
+    deviations = {}
+    for law in (losses.UniformLogSNR(), losses.LogNormal(0.0, 2.0), losses.UniformTime()):
+        estimates = jax.jit(
+            jax.vmap(lambda *args: losses.variational_bound(oracle, *args, time_law=law))  # noqa: B023
+        )(keys, x0, u)
+        if not isinstance(law, losses.LogNormal):  # which leaves out what lies beyond its ends
+            error = 4 * estimates.std() / np.sqrt(20_000)
+            assert abs(estimates.mean() - entropy) < error
+        deviations[type(law)] = estimates.std()
+    # By default an estimate is of the size of the truth, and not a hundred times that.
+    default = jax.jit(jax.vmap(lambda *args: losses.variational_bound(oracle, *args)))(keys, x0, u)
+    np.testing.assert_allclose(default.std(), deviations[losses.UniformLogSNR], rtol=1e-9)
+    assert default.std() < 0.15 * deviations[losses.UniformTime]
+
+
+LAWS = (
+    losses.UniformTime(),
+    losses.UniformLogSNR(),
+    losses.LogNormal(),
+    losses.LogitNormal(),
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_examples_of_low_precision_have_times_of_full_precision(dtype):
+    """With every law; the loss is that of the same examples in float32, up to rounding."""
+    oracle = mixture(processes.VP(), jnp.float32)
+    x = jax.random.normal(jax.random.key(3), (512, 2)).astype(dtype)
+    seen = []
+
+    class Recorder(Denoiser):
+        base: Denoiser
+
+        @property
+        def process(self):
+            return self.base.process
+
+        def __call__(self, x, t, cond=None, *, key=None):
+            seen.append((x.dtype, t.dtype))
+            return self.base(x, t, cond)
+
+    for law in LAWS:
+        loss = losses.DenoisingLoss(losses.MinSNR(), law)
+        low, high = (
+            loss(Recorder(oracle), jax.random.key(1), {"x": x.astype(d)}, {})[0]
+            for d in (dtype, jnp.float32)
+        )
+        assert low.dtype == jnp.float32 and np.isfinite(low)
+        np.testing.assert_allclose(low, high, rtol=0.3)  # other noise
+    assert set(seen) == {(jnp.dtype(d), jnp.dtype("float32")) for d in (dtype, jnp.float32)}
+
+
+def test_two_losses_with_one_key_see_the_same_times_and_noise():
+    oracle = mixture(processes.VP(), jnp.float32)
+    batch = {"x": jax.random.normal(jax.random.key(3), (16, 2))}
+    draws = [
+        losses.each_example(
+            lambda key, u, x0, cond: (u, oracle.process.noise(key, x0, 0.5)), key, batch
+        )
+        for key in (jax.random.key(0), jax.random.key(0), jax.random.key(1))
+    ]
+    for same, other in zip(draws[0], draws[1], strict=True):
+        np.testing.assert_array_equal(same, other)
+    assert not np.allclose(draws[0][0], draws[2][0])
 
 
 def test_discrete_reconstruction_is_a_normalised_likelihood():

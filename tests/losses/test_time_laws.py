@@ -2,17 +2,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import mixture
 
 from jaxdiff import losses, processes
 
-LAWS = [losses.UniformTime(), losses.LogNormal(), losses.LogitNormal(0.5, 0.8)]
+LAWS = [
+    losses.UniformTime(),
+    losses.UniformLogSNR(),
+    losses.LogNormal(),
+    losses.LogitNormal(0.5, 0.8),
+]
 
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("process", [processes.RectifiedFlow(), processes.VP(), processes.EDM()])
 def test_density_is_the_derivative_of_the_inverse_quantile(x64, law, process):
     if isinstance(process, processes.EDM) and isinstance(law, losses.LogitNormal):
-        return  # defined on [0, 1] only
+        with pytest.raises(ValueError, match=r"`LogitNormal` is a law on \[0, 1\], got .* EDM"):
+            law.quantile(process, jnp.asarray(0.5))
+        return
     for u in (0.1, 0.45, 0.8):
         t, slope = jax.jvp(lambda u: law.quantile(process, u), (u,), (1.0,))
         if process.t_min < t < process.t_max:
@@ -26,10 +34,20 @@ def test_edm_law_is_log_normal_in_sigma(x64):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_every_level_gives_a_time_inside_the_process(law):
-    for process in (processes.RectifiedFlow(), processes.Cosine()):
+    for process in (processes.RectifiedFlow(), processes.Cosine(), processes.VP()):
         t = law.quantile(process, jnp.asarray([0.0, 1e-7, 0.5, 1.0], jnp.float32))
         assert np.all((t >= process.t_min - 1e-7) & (t <= process.t_max + 1e-7))
         assert np.all(np.isfinite(law.density(process, t[1:3])))
+
+
+def test_no_level_is_one_and_no_draw_is_nan():
+    """The last stratum rounds up to one at this key; the law of it is infinite there."""
+    key = jax.random.split(jax.random.key(23154))[0]
+    assert losses.stratified_uniform(key, 2048).max() < 1
+    oracle = mixture(processes.VP(), jnp.float32)
+    loss = losses.DenoisingLoss(losses.MinSNR(), losses.LogNormal())
+    value, _ = loss(oracle, jax.random.key(23154), {"x": jnp.zeros((2048, 2))}, {})
+    assert np.isfinite(value)
 
 
 def test_strata_lower_the_variance_and_keep_the_law():

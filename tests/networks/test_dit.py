@@ -84,12 +84,13 @@ def test_block_against_numpy():
         return h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
 
     m = np.split(linear(block.modulation, emb / (1 + np.exp(-emb))), 6)
-    qkv = linear(block.qkv, norm(tokens) * (1 + m[1]) + m[0])
+    seen, part = norm(tokens) * (1 + m[1]) + m[0], block.attention
+    qkv = np.concatenate([linear(layer, seen) for layer in (part.q, part.k, part.v)], axis=1)
     heads = []
     for h in (0, 4):
         q, k, v = (qkv[:, start + h : start + h + 4] for start in (0, 8, 16))
         heads.append(softmax(q @ k.T / 2, axis=1) @ v)
-    expected = tokens + m[2] * linear(block.out, np.concatenate(heads, axis=1))
+    expected = tokens + m[2] * linear(part.out, np.concatenate(heads, axis=1))
     inner = norm(expected) * (1 + m[4]) + m[3]
     expected = expected + m[5] * linear(block.second, gelu(linear(block.first, inner)))
     out = jax.jit(lambda b: b(Tap(), "b", jnp.asarray(tokens), jnp.asarray(emb), None))(block)
@@ -186,7 +187,7 @@ def test_bad_options_are_named(options):
     "args, message",
     [
         ((X[None], T, CLASS), r"`x` must be one example of shape \(4, 4, 2\), got \(1, 4, 4, 2\)"),
-        ((X, T), r"`cond` must be a scalar class in \[0, 3\), or 3 for none"),
+        ((X, T), r"`cond` must have a scalar integer class in \[0, 3\), or 3 for none"),
     ],
 )
 def test_bad_input_is_named(args, message):

@@ -64,7 +64,7 @@ def mean_query(q):
 
 @BOTH
 def test_names_come_in_the_order_of_the_computation(networks, remat):
-    expected = ("in", "down.0.0", "down.0.resample", "down.1.0", *ATTENTION, "mid.0", "mid")
+    expected = ("emb", "in", "down.0.0", "down.0.resample", "down.1.0", *ATTENTION, "mid.0", "mid")
     expected += ("up.1.0", "up.1.1", "up.1.resample", "up.0.0", "up.0.1")
     assert tap_names(networks["unet", remat], X, T) == expected
     abstract = nnx.eval_shape(lambda: unet(remat))
@@ -82,7 +82,7 @@ def test_reading_returns_what_the_network_computed(networks, remat):
     first = network.conv_in(X)
     np.testing.assert_allclose(values["in"], first, rtol=1e-5, atol=1e-6)
     block = network.down[0][0].block
-    expected = block(first, network.embedding(T, None), None)
+    expected = block(first, network.embedding(T, None)[0], None)
     np.testing.assert_allclose(values["down.0.0"], expected, rtol=1e-5, atol=1e-5)
 
     q, k, v, weights, attn = (np.asarray(values[name]) for name in ATTENTION)
@@ -90,7 +90,7 @@ def test_reading_returns_what_the_network_computed(networks, remat):
     maps = [softmax(q[:, h] @ k[:, h].T / 2, axis=-1) for h in heads]
     np.testing.assert_allclose(weights, maps, rtol=1e-5, atol=1e-6)
     mixed = np.concatenate([m @ v[:, h] for m, h in zip(maps, heads, strict=True)], axis=-1)
-    projection = network.mid[0].attention.out
+    projection = network.mid[0].attention.attention.out
     expected = mixed @ np.asarray(projection.kernel[...]) + np.asarray(projection.bias[...])
     np.testing.assert_allclose(attn.reshape(4, 8), expected, rtol=1e-4, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_identity_attention_uses_values_only(networks, remat):
     edited = EditedNetwork(network, {"mid.attn.weights": identity_map})
     names = ("mid.attn.v", "mid.attn", "mid.attn.weights")
     _, values = jax.jit(lambda n, x: read_taps(n, names, x, T))(edited, X)
-    expected = network.mid[0].attention.out(values["mid.attn.v"])
+    expected = network.mid[0].attention.attention.out(values["mid.attn.v"])
     np.testing.assert_allclose(values["mid.attn"].reshape(4, 8), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(values["mid.attn.weights"], [np.eye(4)] * 2)
     plain = jax.jit(lambda n, x: read_taps(n, names, x, T))(network, X)[1]
@@ -231,9 +231,9 @@ def test_edits_keep_shape_and_dtype():
 def test_mlp_taps_are_its_residual_stream():
     network = with_random_weights(lambda: MLP(3, hidden=8, num_blocks=2, rngs=nnx.Rngs(0)))
     x = jnp.asarray([0.5, -1.0, 2.0])
-    assert tap_names(network, x, T) == ("block.0", "block.1")
+    assert tap_names(network, x, T) == ("emb", "block.0", "block.1")
     out, values = read_taps(network, ["block.0", "block.1"], x, T)
-    emb = network.embedding(T, None)
+    emb, _, _ = network.embedding(T, None)
     h = network.blocks[0](network.first(x), emb, None)
     np.testing.assert_allclose(values["block.0"], h, rtol=1e-6)
     np.testing.assert_allclose(values["block.1"], network.blocks[1](h, emb, None), rtol=1e-6)

@@ -105,13 +105,15 @@ def test_attention_block_against_numpy():
     build = lambda: AttentionBlock(8, 2, skip_scale=1.0, **KINDS, rngs=nnx.Rngs(0))
     block = with_random_weights(build)
     x = np.random.default_rng(1).normal(size=(3, 3, 8))
-    qkv = linear(block.qkv, group_norm(block.norm, x, 2).reshape(9, 8))
+    tokens = group_norm(block.norm, x, 2).reshape(9, 8)
+    part = block.attention
+    qkv = np.concatenate([linear(layer, tokens) for layer in (part.q, part.k, part.v)], axis=1)
     heads = []
     for h in (0, 4):
         q, k, v = (qkv[:, start + h : start + h + 4] for start in (0, 8, 16))
         heads.append(softmax(q @ k.T / np.sqrt(4), axis=1) @ v)
-    expected = x + linear(block.out, np.concatenate(heads, axis=1)).reshape(x.shape)
-    out = jax.jit(lambda b: b(jnp.asarray(x), "attn", Tap()))(block)
+    expected = x + linear(part.out, np.concatenate(heads, axis=1)).reshape(x.shape)
+    out = jax.jit(lambda b: b(Tap(), "attn", jnp.asarray(x), None, None))(block)
     np.testing.assert_allclose(out, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -160,9 +162,11 @@ def test_remat_changes_no_gradient():
     key = jax.random.key(3, impl="rbg")
     plain, remat = (with_random_weights(lambda: unet(dropout=0.2, remat=r)) for r in (False, True))  # noqa: B023
     grads, grads_remat = (jax.tree.leaves(loss_and_grad(n, key)[1]) for n in (plain, remat))
+    largest = max(np.abs(a).max() for a in grads)
     for a, b in zip(grads, grads_remat, strict=True):
         assert np.any(a)
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(a).max())
+        # A shift of all keys changes no attention: that gradient is rounding.
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(a).max() + 1e-8 * largest)
 
 
 def test_bfloat16_is_close_and_keeps_float32_outside():
@@ -234,7 +238,7 @@ def test_bad_options_are_named(options, message):
     "args, message",
     [
         ((X[None], T, CLASS), r"`x` must be one example of shape \(4, 4, 1\), got \(1, 4, 4, 1\)"),
-        ((X, T), r"`cond` must be a scalar class in \[0, 3\), or 3 for none"),
+        ((X, T), r"`cond` must have a scalar integer class in \[0, 3\), or 3 for none"),
     ],
 )
 def test_bad_input_is_named(args, message):

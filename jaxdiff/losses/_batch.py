@@ -1,0 +1,62 @@
+"""What the losses of a batch share: keys, levels and conditions of its examples."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff.conditions import null_where
+
+
+def stratified_uniform(key: PRNGKeyArray, count: int) -> Array:
+    """`count` numbers, each uniform on [0, 1), one in each of `count` equal strata.
+
+    u_i = (pi(i) + v_i) / count, v_i uniform and pi a random permutation: lower variance than
+    independent draws for any loss that is smooth in time.
+
+    Reference: stratified sampling; compare the shared shift of Kingma et al., "Variational
+    Diffusion Models", 2021, arXiv 2107.00630, appendix I.1.
+    """
+    order_key, jitter_key = jax.random.split(key)
+    strata = jax.random.permutation(order_key, count)
+    u = (strata + jax.random.uniform(jitter_key, (count,))) / count
+    # The last stratum may round up to 1, where quantiles are infinite.
+    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
+
+
+def each_example(
+    loss: Callable[[PRNGKeyArray, Array, Array, PyTree], PyTree], key: PRNGKeyArray, batch: dict
+) -> PyTree:
+    """`loss(key, u, x0, cond)` of every example of a training batch.
+
+    Args:
+        loss: of one example: its key, a level u in [0, 1) for its time, the clean example and its
+            condition.
+        key: typed key; example i draws from its fold_in with i. Two losses that are given the same
+            key, such as `frozen.key`, see the same times and noise.
+        batch: `{"x": (B, *event), "cond": pytree with leading axis B}`; "cond" may be absent.
+
+    Returns:
+        What the loss returns, with a leading axis B.
+    """
+    x0, cond = batch["x"], batch.get("cond")
+    count = x0.shape[0]
+    time_key, example_key = jax.random.split(key)
+    keys = jax.vmap(lambda i: jax.random.fold_in(example_key, i))(jnp.arange(count))
+    return jax.vmap(loss)(keys, stratified_uniform(time_key, count), x0, cond)
+
+
+def drop_cond(key: PRNGKeyArray, cond: PyTree, null_cond: PyTree, rate: Array) -> PyTree:
+    """The condition of one example, with probability `rate` that of none; `null_cond` None keeps.
+
+    See `jaxdiff.conditions.null_where`.
+    """
+    if null_cond is None:
+        return cond
+    return null_where(jax.random.bernoulli(key, rate), cond, null_cond)
+
+
+def wide(x: Array) -> Array:
+    """In float32 at least, to sum squares of low-precision examples."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
