@@ -19,6 +19,7 @@ test-optimised: test
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) -m tools.methods --check
 
 format: $(READY)

@@ -135,7 +135,7 @@ def check_number(
     outside = value < least or value > most or value <= above > -math.inf
     outside |= value >= below < math.inf
     if math.isnan(value) or finite and math.isinf(value) or outside:
-        wanted = [
+        limits = [
             f"{word} {limit:g}"
             for word, limit in (
                 ("above", above),
@@ -145,5 +145,5 @@ def check_number(
             )
             if math.isfinite(limit)
         ]
-        wanted = " and ".join(wanted) or "finite"
+        wanted = " and ".join(limits) or "finite"
         raise ValueError(f"`{argument}` must be {wanted}, got {value:g}. {instead}".rstrip())

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -93,7 +93,7 @@ def jit(fn: F) -> F:
         )
         return compiled((structure, rest), arrays)
 
-    return call
+    return cast(F, call)
 
 
 def derivative(fn: Callable[[Array], Array], t: Array) -> Array:

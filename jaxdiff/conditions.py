@@ -11,6 +11,7 @@ that label again. Null conditions replace the network's entries and leave those 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +124,14 @@ def null_where(drop: Array, cond: PyTree, null_cond: PyTree) -> PyTree:
         return jnp.where(drop, null, value)
 
     for name, null in nulls.items():
-        value, structure = entries[name], jax.tree.structure(entries[name])
+        value, structure = entries[name], _structure(entries[name])
         # One null value may serve a whole pytree.
-        alike = jax.tree.structure(null) == structure
+        alike = _structure(null) == structure
         by_leaf = jax.tree.leaves(null) if alike else [null] * structure.num_leaves
         chosen = map(choose, by_leaf, jax.tree.leaves(value))
         entries[name] = jax.tree.unflatten(structure, list(chosen))
     return from_entries(entries)
+
+
+def _structure(tree: PyTree) -> Any:
+    return jax.tree.structure(tree)

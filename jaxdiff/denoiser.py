@@ -3,7 +3,7 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import equinox as eqx
 import jax
@@ -33,7 +33,8 @@ class Estimate(eqx.Module):
     """
 
     x0: Array
-    eps: Array | None = None
+    # None for the implied one; solvers see it settled.
+    eps: Array = None  # type: ignore[assignment]
     variance: Array | None = None
     notes: dict[int, PyTree] = eqx.field(default_factory=dict)
     taps: dict[str, Array] = eqx.field(default_factory=dict)
@@ -52,7 +53,15 @@ class Denoiser(eqx.Module):
     A denoiser of one's own defines `__call__`; one that knows more than x0 also `estimate`.
     """
 
-    process: eqx.AbstractVar[GaussianProcess]
+    if TYPE_CHECKING:  # a field or a property
+
+        @property
+        def process(self) -> GaussianProcess:
+            """The forward process."""
+            ...
+
+    else:
+        process: eqx.AbstractVar[GaussianProcess]
 
     @property
     def evaluations(self) -> Array | int:
@@ -534,9 +543,8 @@ def _at_network(denoiser: Denoiser, change: Callable, where: Where | None) -> De
     if where is not None:
         return eqx.tree_at(where, denoiser, replace_fn=lambda d: _at_network(d, change, None))
     find_network(denoiser)
-    if isinstance(denoiser, TappedDenoiser):
+    if not isinstance(denoiser, DenoiserMap):
         return change(denoiser)
-    for name in denoiser.same_network:
-        child = _at_network(getattr(denoiser, name), change, None)
-        denoiser = eqx.tree_at(lambda d, name=name: getattr(d, name), denoiser, child)
-    return denoiser
+    names = denoiser.same_network
+    children = [_at_network(getattr(denoiser, name), change, None) for name in names]
+    return eqx.tree_at(lambda d: [getattr(d, name) for name in names], denoiser, children)

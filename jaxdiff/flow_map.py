@@ -1,6 +1,7 @@
 """Maps between two times: x_t -> x_s along the probability flow, in one call."""
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -17,7 +18,15 @@ class FlowMap(eqx.Module):
     analysis that ask for one refuse it.
     """
 
-    process: eqx.AbstractVar[GaussianProcess]
+    if TYPE_CHECKING:  # a field or a property
+
+        @property
+        def process(self) -> GaussianProcess:
+            """The forward process."""
+            ...
+
+    else:
+        process: eqx.AbstractVar[GaussianProcess]
 
     @property
     def evaluations(self) -> Array | int:

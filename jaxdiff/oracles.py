@@ -346,10 +346,10 @@ def low_rank_mixture(
         )
     basis, singular, _ = jnp.linalg.svd(factors, full_matrices=False)
     isotropic = jnp.full(means.shape[0], noise_std**2, means.dtype)
-    log_weights, labels, num_classes = _check_mixture(means, weights, labels)
+    log_weights, classes, num_classes = _check_mixture(means, weights, labels)
     spectrum = singular**2 + noise_std**2
     return GaussianMixture(
-        process, log_weights, means, basis, spectrum, isotropic, labels, num_classes
+        process, log_weights, means, basis, spectrum, isotropic, classes, num_classes
     )
 
 
@@ -367,11 +367,11 @@ def empirical(
     """
     data = as_float_array(data)
     count, size = len(data), data[0].size
-    log_weights, labels, num_classes = _check_mixture(data, None, labels)
+    log_weights, classes, num_classes = _check_mixture(data, None, labels)
     basis, spectrum = jnp.zeros((count, size, 0), data.dtype), jnp.zeros((count, 0), data.dtype)
     isotropic = jnp.zeros(count, data.dtype)
     return GaussianMixture(
-        process, log_weights, data, basis, spectrum, isotropic, labels, num_classes
+        process, log_weights, data, basis, spectrum, isotropic, classes, num_classes
     )
 
 

@@ -8,6 +8,7 @@ see the same step: the same key, the same memory, the same decision.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -37,7 +38,7 @@ class Step(eqx.Module):
 
     t: Array
     s: Array
-    key: PRNGKeyArray | None
+    key: PRNGKeyArray
     plan: PyTree = None
     memory: PyTree = None
     index: Array | None = None
@@ -48,7 +49,9 @@ class Step(eqx.Module):
     def axes(self) -> "Step":
         """Which parts belong to the examples of a batch, for `jax.vmap`."""
         own = 0 if jnp.ndim(self.t) else None
-        return Step(own, own, 0, own, 0, None, 0, None)
+        # Axes in place of arrays.
+        axes: Any = Step
+        return axes(own, own, 0, own, 0, None, 0, None)
 
 
 class Stepwise(DenoiserMap):
@@ -139,8 +142,10 @@ def at_step(denoiser: Denoiser, step: Step) -> Denoiser:
 
 def noted(denoiser: Denoiser) -> set[int]:
     """Slots of the maps inside that know their step and have a memory."""
-    bound = (node for node in stepwise_maps(denoiser) if node.bound is not None)
-    return {node.slot for node in bound if node.bound.memory is not None}
+    found = ((node.slot, node.bound) for node in stepwise_maps(denoiser))
+    return {
+        slot for slot, bound in found if slot is not None and bound and bound.memory is not None
+    }
 
 
 def check_remembered(denoiser: Denoiser, wanted: Iterable[int], notes: dict, asker: str) -> None:

@@ -126,6 +126,7 @@ class Hutchinson(TraceEstimator):
 
     def probes(self, key: PRNGKeyArray | None, w: Array) -> Array:
         """The probes, `(num_probes, d)`."""
+        assert key is not None  # checked before
         return _DISTRIBUTIONS[self.distribution](key, (self.num_probes, w.size), w.dtype)
 
     def __call__(self, f: Callable, w: Array, probes: Array) -> tuple[Array, Array]:
@@ -175,6 +176,7 @@ class HutchPlusPlus(TraceEstimator):
 
     def probes(self, key: PRNGKeyArray | None, w: Array) -> Array:
         """S and G, `(2, num_probes / 3, d)`."""
+        assert key is not None  # checked before
         return jax.random.rademacher(key, (2, self.num_probes // 3, w.size), w.dtype)
 
     @jax.default_matmul_precision("highest")

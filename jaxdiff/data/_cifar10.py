@@ -87,9 +87,12 @@ def _columns(file: Path) -> tuple[list[bytes | None], np.ndarray]:
         ) from None
     columns = dict(zip(table.schema.names, table.schema.types, strict=True))
     image, label = columns.get("img"), columns.get("label")
-    has_bytes = image is not None and pa.types.is_struct(image)
-    has_bytes = has_bytes and image.get_field_index("bytes") >= 0
-    has_bytes = has_bytes and pa.types.is_binary(image.field("bytes").type)
+    has_bytes = (
+        image is not None
+        and pa.types.is_struct(image)
+        and image.get_field_index("bytes") >= 0
+        and pa.types.is_binary(image.field("bytes").type)
+    )
     if not has_bytes or label is None or not pa.types.is_integer(label):
         found = ", ".join(f"{name}: {kind}" for name, kind in columns.items())
         raise ValueError(

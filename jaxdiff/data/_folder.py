@@ -74,9 +74,9 @@ def _load(file: Path, size: int | None, mode: str | None) -> np.ndarray:
 
 
 def _stack(images, files: list[Path]) -> np.ndarray:
-    stacked = None
+    stacked = np.empty(0, np.uint8)
     for row, image in enumerate(images):
-        if stacked is None:
+        if row == 0:
             stacked = np.empty((len(files), *image.shape), np.uint8)
         if image.shape != stacked.shape[1:]:
             raise ValueError(

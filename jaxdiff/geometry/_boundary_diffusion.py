@@ -101,7 +101,7 @@ class Hyperplane(eqx.Module):
         """Signed distance of x, `(*event)`."""
         return jnp.vdot(self.normal, x) + self.offset
 
-    def move(self, x: Array, step: Array) -> Array:
+    def move(self, x: Array, step: Array | float) -> Array:
         """x + step normal: every example by the same step."""
         return x + step * self.normal
 

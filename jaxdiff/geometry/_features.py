@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxdiff.denoiser import Denoiser, edit_taps, find_network
-from jaxdiff.networks import read_taps
+from jaxdiff.denoiser import Denoiser, edit_taps, reading
 
 
 def _as_names(taps: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -17,8 +16,8 @@ class TapFeature(eqx.Module):
     """f: x -> h, an inner activation of a denoiser's network at one time and condition.
 
     A pytree: new weights, times and conditions do not recompile. With several taps of equal shape,
-    `index` chooses among them, and a change of it does not recompile either. Inside guidance the
-    network is run with `cond` alone.
+    `index` chooses among them, and a change of it does not recompile either. Read through any maps;
+    under guidance, of the conditional branch.
 
     Args:
         denoiser: a network's denoiser, or guidance and other maps of one.
@@ -36,13 +35,12 @@ class TapFeature(eqx.Module):
     denoiser: Denoiser
     t: Array
     cond: PyTree = None
-    taps: tuple[str, ...] = eqx.field(static=True, default="mid", converter=_as_names)
+    taps: tuple[str, ...] = eqx.field(static=True, default=("mid",), converter=_as_names)
     index: Array = eqx.field(default=0, converter=jnp.asarray)
 
     def __call__(self, x: Array) -> Array:
         """The activation at x, `(*event)` to the tap's shape."""
-        base = find_network(self.denoiser)
-        values = read_taps(base.network, self.taps, *base.inputs(x, self.t), self.cond)[1]
+        values = reading(self.denoiser, self.taps).estimate(x, self.t, self.cond).taps
         if len(self.taps) == 1:
             return values[self.taps[0]]
         shapes = {name: values[name].shape for name in self.taps}
@@ -85,7 +83,7 @@ class TapResponse(eqx.Module):
     @property
     def origin(self) -> Array:
         """dh = 0: zeros of the activation's shape."""
-        feature = TapFeature(self.denoiser, self.t, self.cond, self.tap)
+        feature = TapFeature(self.denoiser, self.t, self.cond, (self.tap,))
         shape = jax.eval_shape(feature, self.x)
         return jnp.zeros(shape.shape, shape.dtype)
 

@@ -183,9 +183,11 @@ def explained_variance(
 def _component(mixture: GaussianMixture, k: Array) -> GaussianMixture:
     """The k-th Gaussian of a mixture, alone."""
     parts = (mixture.means, mixture.basis, mixture.spectrum, mixture.isotropic)
-    chosen = (jnp.take(part, k, axis=0)[None] for part in parts)
+    means, basis, spectrum, isotropic = (jnp.take(part, k, axis=0)[None] for part in parts)
     weight, label = jnp.zeros_like(mixture.log_weights[:1]), jnp.zeros_like(mixture.labels[:1])
-    return GaussianMixture(mixture.process, weight, *chosen, label, 1)
+    return GaussianMixture(
+        mixture.process, weight, means, basis, spectrum, isotropic, label, num_classes=1
+    )
 
 
 @jit
@@ -255,6 +257,6 @@ def teleport(
             f"`component` must have one entry per example, shape ({num_samples},), got "
             f"{component.shape}."
         )
-    t_start = approximation.process.t_max if t_start is None else t_start
-    indices = jnp.arange(first_index, first_index + num_samples)
-    return _teleport(key, approximation, component, indices, t=t, t_start=t_start)
+    indices = first_index + jnp.arange(num_samples)
+    start = approximation.process.t_max if t_start is None else t_start
+    return _teleport(key, approximation, component, indices, t=t, t_start=start)

@@ -45,9 +45,8 @@ def slerp(start: Array, end: Array, num_steps: int) -> Array:
     theta = 2 * jnp.arctan2(jnp.linalg.norm(a - b), jnp.linalg.norm(a + b))
     weights = [r * jnp.sinc(r * theta / jnp.pi) / jnp.sinc(theta / jnp.pi) for r in (1 - s, s)]
     radius = norms[0] + s * (norms[1] - norms[0])
-    return sum(
-        jnp.tensordot(radius * w, end, axes=0) for w, end in zip(weights, (a, b), strict=True)
-    )
+    parts = [jnp.tensordot(radius * w, v, axes=0) for w, v in zip(weights, (a, b), strict=True)]
+    return parts[0] + parts[1]
 
 
 def _segments(f: Callable[[Array], Array], curve: Array) -> Array:

@@ -128,8 +128,8 @@ def _rotation_mean(start: Array, rotations: Array, tolerance: float, limit: int)
     def unfinished(carry):
         return (carry[1] >= tolerance) & (carry[2] < limit)
 
-    start = start, jnp.full((), jnp.inf, start.dtype), jnp.zeros((), jnp.int32)
-    return jax.lax.while_loop(unfinished, step, start)[0]
+    carry = start, jnp.full((), jnp.inf, start.dtype), jnp.zeros((), jnp.int32)
+    return jax.lax.while_loop(unfinished, step, carry)[0]
 
 
 def _same_orientation(reference: Array, rotation: Array) -> Array:

@@ -70,6 +70,7 @@ def trajectory_activations(
         key, denoiser, shape, num_samples, cond=cond, solver=solver, times=times,
         first_index=first_index, saveat=saveat,
     ).trajectory  # fmt: skip
+    assert trajectory is not None
     # The last state is the sample, where no step starts.
     return trajectory.t[0, :-1], trajectory.x[:, :-1]
 
@@ -125,8 +126,8 @@ def h_space_pca(
     """
     options = dict(tap=tap, solver=solver, times=times)
     batches = _activations(key, denoiser, shape, num_samples, cond, batch_size, options)
-    times, found = _fit(((t, h[:, None]) for t, h in batches), num_samples, rank, oversample)
-    return times, jax.tree.map(lambda leaf: leaf[0], found)
+    grid, found = _fit(((t, h[:, None]) for t, h in batches), num_samples, rank, oversample)
+    return grid, jax.tree.map(lambda leaf: leaf[0], found)
 
 
 def h_space_pca_per_step(
@@ -173,8 +174,8 @@ def h_space_pca_per_step(
     """
     options = dict(tap=tap, solver=solver, times=times)
     batches = _activations(key, denoiser, shape, num_samples, cond, batch_size, options)
-    times, found = _fit(batches, num_samples, rank, oversample)
-    return times, eqx.tree_at(lambda f: f.directions, found, _agreeing_signs(found.directions))
+    grid, found = _fit(batches, num_samples, rank, oversample)
+    return grid, eqx.tree_at(lambda f: f.directions, found, _agreeing_signs(found.directions))
 
 
 def _activations(key, denoiser, shape, num_samples, cond, batch_size, options) -> Iterator:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,8 @@ class Jacobian:
             ValueError: if they are not that.
         """
         shapes = jax.tree.map(lambda leaf: ("count", *leaf.shape), self._x)
-        fits = jax.tree.structure(directions) == jax.tree.structure(self._x)
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (directions, self._x)]
+        fits = structures[0] == structures[1]
         leaves = jax.tree.leaves(directions)
         for leaf, like in zip(leaves, jax.tree.leaves(self._x), strict=False):
             fits &= jnp.ndim(leaf) > 0 and leaf.shape == (leaves[0].shape[0], *like.shape)

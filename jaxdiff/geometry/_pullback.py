@@ -8,6 +8,7 @@ Reference: Park, Kwon, Choi, Jo, Uh, "Understanding the Latent Space of Diffusio
 the Lens of Riemannian Geometry", 2023, arXiv 2307.12868.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -62,7 +63,7 @@ def local_basis(
 
     Reference: Park et al., 2023, arXiv 2307.12868.
     """
-    feature = TapFeature(denoiser, jnp.asarray(t, x.dtype), cond, tap)
+    feature = TapFeature(denoiser, jnp.asarray(t, x.dtype), cond, (tap,))
     return jacobian_svd(key, feature, x, rank, method=method, start=start, mask=mask, chunk=chunk)
 
 
@@ -156,7 +157,7 @@ def _inner(basis: PyTree, vector: PyTree) -> Array:
         basis,
         vector,
     )
-    return sum(jax.tree.leaves(products))
+    return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
 def _combine(weights: Array, basis: PyTree) -> PyTree:

@@ -29,8 +29,8 @@ class EditedBetween(DenoiserMap):
 
     base: Denoiser
     edited: Denoiser
-    t_low: float = number(0.0)
-    t_high: float = number(float("inf"))
+    t_low: Array | float = number(0.0)
+    t_high: Array | float = number(float("inf"))
 
     def __check_init__(self):
         check_number("t_low", self.t_low, finite=False)

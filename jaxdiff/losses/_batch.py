@@ -47,7 +47,7 @@ def each_example(
     return jax.vmap(loss)(keys, stratified_uniform(time_key, count), x0, cond)
 
 
-def drop_cond(key: PRNGKeyArray, cond: PyTree, null_cond: PyTree, rate: Array) -> PyTree:
+def drop_cond(key: PRNGKeyArray, cond: PyTree, null_cond: PyTree, rate: Array | float) -> PyTree:
     """The condition of one example, with probability `rate` that of none; `null_cond` None keeps.
 
     See `jaxdiff.conditions.null_where`.

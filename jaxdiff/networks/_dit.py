@@ -64,14 +64,14 @@ class DiTBlock(nnx.Module):
         **kinds: Any,
     ):
         self.rate = rate
-        bare = {"use_scale": False, "use_bias": False, "epsilon": 1e-6}
+        bare: dict[str, Any] = {"use_scale": False, "use_bias": False, "epsilon": 1e-6}
         self.norm1 = nnx.LayerNorm(hidden, **bare, **kinds)
         self.norm2 = nnx.LayerNorm(hidden, **bare, **kinds)
         self.attention = Attention(hidden, num_heads, implementation=attention, **kinds)
         crosses = token_size is not None
         options = {"implementation": attention, "out_init": zeros, **kinds}
-        self.cross_norm = nnx.LayerNorm(hidden, **bare, **kinds) if crosses else None
-        self.cross = (
+        self.cross_norm: Any = nnx.LayerNorm(hidden, **bare, **kinds) if crosses else None
+        self.cross: Any = (
             Attention(hidden, num_heads, context_size=token_size, **options) if crosses else None
         )
         self.first = nnx.Linear(hidden, mlp_ratio * hidden, **kinds)
@@ -93,7 +93,7 @@ class DiTBlock(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(nnx.silu(emb)), 6)
         inner = self.norm1(h) * (1 + scale1) + shift1
         h = h + gate1 * self.attention(tap, f"{name}.attn", inner)
-        if self.cross is not None:
+        if tokens is not None:
             context = tokens.astype(h.dtype)
             h = h + self.cross(tap, f"{name}.cross", self.cross_norm(h), context, mask)
         inner = self.first(self.norm2(h) * (1 + scale2) + shift2)
@@ -195,7 +195,7 @@ class DiT(Network):
             self.blocks = jax.vmap(lambda key: block(kinds | {"rngs": nnx.Rngs(key)}))(keys)
         else:
             self.blocks = nnx.List(block(kinds) for _ in range(depth))
-        bare = {"use_scale": False, "use_bias": False, "epsilon": 1e-6}
+        bare: dict[str, Any] = {"use_scale": False, "use_bias": False, "epsilon": 1e-6}
         self.norm = nnx.LayerNorm(hidden, **bare, **kinds)
         self.modulation = nnx.Linear(hidden, 2 * hidden, kernel_init=zeros, **kinds)
         patch = patch_size**2 * (out_channels or in_channels)

@@ -136,9 +136,8 @@ def attend(
     if implementation != "plain" and not tap.wants(weights_name):
         tap.skip(weights_name)
         allowed = None if mask is None else jnp.broadcast_to(mask, (1, 1, len(q), len(k)))
-        out = jax.nn.dot_product_attention(
-            q[None], k[None], v[None], mask=allowed, implementation=implementation
-        )[0]
+        fused: Any = jax.nn.dot_product_attention
+        out = fused(q[None], k[None], v[None], mask=allowed, implementation=implementation)[0]
         return out.reshape(-1, num_heads * size)
     # Heads lead, so that both products are batches of matrices.
     q, k, v = (part.swapaxes(0, 1) for part in (q, k, v))
@@ -184,7 +183,7 @@ class Attention(nnx.Module):
         self.q = nnx.Linear(features, features, **kinds)
         self.k = nnx.Linear(seen, features, **kinds)
         self.v = nnx.Linear(seen, features, **kinds)
-        start = {} if out_init is None else {"kernel_init": out_init}
+        start: dict[str, Any] = {} if out_init is None else {"kernel_init": out_init}
         self.out = nnx.Linear(features, features, **start, **kinds)
 
     def __call__(
@@ -252,12 +251,15 @@ class ConditionEmbedding(nnx.Module):
                 "`num_classes` and `label_size` are two kinds of one label, got both. A vector of "
                 f"the embedding's size, {size}, serves in place of a class without `label_size`."
             )
-        self.features, self.size, self.num_classes = features, size, num_classes
+        self.features, self.size = features, size
+        self.num_classes: Any = num_classes
         self.label_size, self.token_size = label_size, token_size
         self.first = nnx.Linear(features, size, **kinds)
         self.second = nnx.Linear(size, size, **kinds)
-        self.classes = None if num_classes is None else nnx.Embed(num_classes + 1, size, **kinds)
-        self.vector = None if label_size is None else nnx.Linear(label_size, size, **kinds)
+        self.classes: Any = (
+            None if num_classes is None else nnx.Embed(num_classes + 1, size, **kinds)
+        )
+        self.vector: Any = None if label_size is None else nnx.Linear(label_size, size, **kinds)
         self.scalars = nnx.Dict(
             {name: nnx.Linear(features, size, kernel_init=zeros, **kinds) for name in scalars}
         )
@@ -288,12 +290,13 @@ class ConditionEmbedding(nnx.Module):
         if jnp.ndim(label):
             return label
         # Others are refused where they are known; a traced one must not read beyond the table.
-        outside = (label < 0) | (label > self.num_classes)
-        return self.classes(jnp.where(outside, self.num_classes, label))
+        none = self.num_classes
+        return self.classes(jnp.where((label < 0) | (label > none), none, label))
 
     def _checked(self, cond: PyTree) -> dict[str, Array]:
         entries = check_taken(cond, self.known(), "this network")
-        check_labels(entries.get(LABEL), self.num_classes)
+        if self.num_classes is not None:
+            check_labels(entries.get(LABEL), self.num_classes)
         for name in self.known():
             if name == TOKEN_MASK:
                 continue

@@ -39,8 +39,9 @@ class GroupNorm(nnx.GroupNorm):
             return jnp.repeat(groups, self.group_size)
 
         mu, square = mean(wide.sum((0, 1))), mean((wide * wide).sum((0, 1)))
-        gain = jax.lax.rsqrt(jnp.maximum(square - mu**2, 0.0) + self.epsilon) * self.scale[...]
-        return (wide * gain + (self.bias[...] - mu * gain)).astype(x.dtype)
+        weight: Any = (self.scale, self.bias)
+        gain = jax.lax.rsqrt(jnp.maximum(square - mu**2, 0.0) + self.epsilon) * weight[0][...]
+        return (wide * gain + (weight[1][...] - mu * gain)).astype(x.dtype)
 
 
 def upsample(x: Array) -> Array:
@@ -125,8 +126,8 @@ class AttentionBlock(nnx.Module):
         self.norm = GroupNorm(channels, **kinds)
         self.attention = Attention(channels, num_heads, **options)
         crosses = token_size is not None
-        self.cross_norm = GroupNorm(channels, **kinds) if crosses else None
-        self.cross = (
+        self.cross_norm: Any = GroupNorm(channels, **kinds) if crosses else None
+        self.cross: Any = (
             Attention(channels, num_heads, context_size=token_size, **options) if crosses else None
         )
 
@@ -136,7 +137,7 @@ class AttentionBlock(nnx.Module):
         """One block; x `(H, W, C)`. Taps: those of `Attention`, under name and name.cross."""
         pixels = self.norm(x).reshape(-1, x.shape[-1])
         x = (x + self.attention(tap, name, pixels).reshape(x.shape)) * self.skip_scale
-        if self.cross is not None:
+        if tokens is not None:
             pixels = self.cross_norm(x).reshape(-1, x.shape[-1])
             moved = self.cross(tap, f"{name}.cross", pixels, tokens.astype(x.dtype), mask)
             x = (x + moved.reshape(x.shape)) * self.skip_scale
@@ -147,7 +148,8 @@ class Stage(nnx.Module):
     """A residual block, perhaps followed by attention; or a plain resampling convolution."""
 
     def __init__(self, block: ResBlock | nnx.Conv, attention: AttentionBlock | None = None):
-        self.block, self.attention = block, attention
+        self.block: Any = block
+        self.attention = attention
 
     def __call__(
         self,
@@ -298,9 +300,9 @@ class UNet(Network):
         self.conv_in = nnx.Conv(in_channels, channels, (3, 3), **kinds)
 
         widths, c, size = [channels], channels, height
-        self.down = nnx.List()
+        self.down: Any = nnx.List()
         for i, mult in enumerate(channel_mults):
-            level = nnx.List()
+            level: Any = nnx.List()
             for _ in range(num_res_blocks):
                 level.append(stage(c, mult * channels, size))
                 c = mult * channels
@@ -313,7 +315,7 @@ class UNet(Network):
 
         self.mid = nnx.List([Stage(res(c, c), attending(c)), Stage(res(c, c))])
 
-        self.up = nnx.List()
+        self.up: Any = nnx.List()
         for i, mult in reversed(list(enumerate(channel_mults))):
             level = nnx.List()
             for _ in range(num_res_blocks + 1):

@@ -1,7 +1,7 @@
 """The forward process: how data become noise."""
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import equinox as eqx
 import jax
@@ -21,8 +21,21 @@ class Process(eqx.Module):
 
     horizon: ClassVar[float] = 1.0
 
-    t_min: eqx.AbstractVar[float]
-    t_max: eqx.AbstractVar[float]
+    if TYPE_CHECKING:  # fields or properties
+
+        @property
+        def t_min(self) -> float:
+            """The first time that is safe in single precision."""
+            ...
+
+        @property
+        def t_max(self) -> float:
+            """The last such time."""
+            ...
+
+    else:
+        t_min: eqx.AbstractVar[float]
+        t_max: eqx.AbstractVar[float]
 
     def __check_init__(self):
         check_number("t_min", self.t_min, least=0.0)
@@ -90,7 +103,7 @@ class GaussianProcess(Process):
         Values outside the range of `log_snr`, infinite ones too, return the nearer end.
         """
         log_snr = as_float_array(log_snr)
-        low, high = (jnp.asarray(end, log_snr.dtype) for end in (self.t_min, self.t_max))
+        low, high = self._range(log_snr.dtype)
         # Not `clip`, which halves derivatives at the ends.
         inside = bounded(log_snr, self.log_snr(high), self.log_snr(low))
         return bounded(self.unbounded_time(inside), low, high)
@@ -115,7 +128,10 @@ class GaussianProcess(Process):
         low, high = jax.lax.fori_loop(0, jnp.finfo(low.dtype).nmant + 12, halve, (low, high))
         t = jax.lax.stop_gradient((low + high) / 2)
         newton = t - (self.log_snr(t) - log_snr) / derivative(self.log_snr, t)
-        return bounded(newton, self.t_min, self.t_max)
+        return bounded(newton, *self._range(log_snr.dtype))
+
+    def _range(self, dtype: jnp.dtype) -> tuple[Array, Array]:
+        return jnp.asarray(self.t_min, dtype), jnp.asarray(self.t_max, dtype)
 
     def drift(self, t: Array) -> Array:
         """f(t) = d log alpha / dt of the SDE dx = f x dt + g dw."""

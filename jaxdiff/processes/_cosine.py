@@ -30,7 +30,7 @@ class Cosine(GaussianProcess):
     def __check_init__(self):
         check_number("offset", self.offset, least=0.0)
 
-    def _start(self) -> Array:
+    def _start(self) -> Array | float:
         return 0.5 * jnp.pi * self.offset / (1 + self.offset)
 
     def _remaining(self, t: Array) -> Array:

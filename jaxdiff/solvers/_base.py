@@ -19,7 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import is_known
 from jaxdiff.denoiser import Denoiser, Estimate, check_denoiser
@@ -44,9 +44,9 @@ class Problem(eqx.Module):
         shared: of a batch of populations, the key of each example's population; or None.
     """
 
-    denoiser: Denoiser
+    denoiser: Any
     cond: PyTree
-    key: PRNGKeyArray | None
+    key: PRNGKeyArray
     times: Array
     direction: int = eqx.field(static=True)
     plan: PyTree = None
@@ -72,7 +72,9 @@ class Problem(eqx.Module):
     def axes(self) -> "Problem":
         """Which parts of a batch's problem belong to the examples, for `jax.vmap`."""
         own = 0 if self.times.ndim == 2 else None
-        return Problem(None, 0, 0, own, self.direction, own, None, None)
+        # Axes in place of arrays.
+        axes: Any = Problem
+        return axes(None, 0, 0, own, self.direction, own, None, None)
 
     def step(self, index: Array, memory: PyTree = None, notes: PyTree = None) -> Step:
         """Step number `index` of a batch: its times, keys and coefficients.
@@ -83,7 +85,7 @@ class Problem(eqx.Module):
             notes: what it left for maps inside the denoiser, likewise.
         """
 
-        def draw(keys):
+        def draw(keys: Any) -> Any:
             fold = jax.vmap(jax.random.fold_in, (0, None))
             return None if keys is None else fold(keys, self.first_step + index)
 
@@ -338,7 +340,7 @@ class GaussianSolver(ExplicitSolver):
     @abstractmethod
     def transition(
         self, problem: Problem, x: Array, step: Step, estimate: Estimate
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array | float]:
         """The kernel p(x_s | x_t) of one step.
 
         Arguments as of `move`, and so settled before:
@@ -367,10 +369,10 @@ def combine(weights: Sequence[Array], terms: Sequence[Array]) -> Array:
     return total
 
 
-def is_silent(process: GaussianProcess, t: np.ndarray) -> bool:
+def is_silent(process: GaussianProcess, t: ArrayLike) -> bool:
     """Whether sigma(t) = 0 is known, inside jit too."""
     with jax.ensure_compile_time_eval():
-        silent = process.sigma(t) == 0
+        silent = process.sigma(jnp.asarray(t)) == 0
     # The process itself may be traced.
     return is_known(silent) and bool(silent)
 

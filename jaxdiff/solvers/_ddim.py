@@ -35,7 +35,7 @@ class DDIM(GaussianSolver):
 
     def transition(
         self, problem: Problem, x: Array, step: Step, estimate: Estimate
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array | float]:
         """See `GaussianSolver`."""
         process, s = problem.process, step.s
         sigma = process.sigma(s)

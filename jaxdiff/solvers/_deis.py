@@ -42,7 +42,7 @@ class DEIS(Multistep):
     Gauss-Legendre sums of 24 nodes in k.
     """
 
-    order: int = eqx.field(default=4, static=True)
+    order: int = eqx.field(default=4, static=True)  # type: ignore[assignment]
     variable: str = eqx.field(default="t", static=True)
     lower_order_final: bool | None = eqx.field(default=None, static=True)
 

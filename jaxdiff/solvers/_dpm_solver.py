@@ -59,7 +59,7 @@ class DPMSolverMultistep(Multistep):
     al., "DPM-Solver", 2022, arXiv 2206.00927, for Eps().
     """
 
-    order: int = eqx.field(default=2, static=True)
+    order: int = eqx.field(default=2, static=True)  # type: ignore[assignment]
     prediction: Prediction = X0()
     variant: str = eqx.field(default="midpoint", static=True)
     eta: float | None = number(None)
@@ -120,7 +120,7 @@ class DPMSolver(Singlestep):
     algorithm 1, for X0().
     """
 
-    order: int = eqx.field(default=2, static=True)
+    order: int = eqx.field(default=2, static=True)  # type: ignore[assignment]
     prediction: Prediction = Eps()
     r1: float | None = eqx.field(default=None, static=True)
     r2: float = eqx.field(default=2 / 3, static=True)

@@ -53,11 +53,11 @@ class EDMHeun(ExplicitSolver):
         """True."""
         return True
 
-    def _churn(self, problem: Problem, x: Array, step: Step) -> tuple[Array, Array]:
+    def _churn(self, problem: Problem, x: Array, step: Step, s_churn: float) -> tuple[Array, Array]:
         """The state with more noise, and its time."""
         process, t = problem.process, step.t
         k = process.sigma(t) / process.alpha(t)
-        gamma = jnp.minimum(self.s_churn / problem.num_steps, jnp.sqrt(2.0) - 1)
+        gamma = jnp.minimum(s_churn / problem.num_steps, jnp.sqrt(2.0) - 1)
         gamma = jnp.where((k >= self.s_tmin) & (k <= self.s_tmax), gamma, 0.0).astype(k.dtype)
         std = self.s_noise * k * root(gamma * (2 + gamma))
         y = x / process.alpha(t) + std * jax.random.normal(step.key, x.shape, x.dtype)
@@ -68,7 +68,7 @@ class EDMHeun(ExplicitSolver):
     def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
         if self.s_churn is not None:
-            x, t = self._churn(problem, x, step)
+            x, t = self._churn(problem, x, step, self.s_churn)
             step = dataclasses.replace(step, t=t)
         return super().update(problem, x, step)
 

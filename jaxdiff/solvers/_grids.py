@@ -231,6 +231,7 @@ def monotone(logits: Array, first: ArrayLike, last: ArrayLike) -> Array:
         `(num_steps + 1,)`.
     """
     gaps = jnp.cumsum(jax.nn.softmax(logits)[::-1])[:-1][::-1]
+    first, last = jnp.asarray(first), jnp.asarray(last)
     interior = last + (first - last) * gaps
     ends = [jnp.full(1, end, interior.dtype) for end in (first, last)]
     return jnp.concatenate([ends[0], interior, ends[1]])

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -71,7 +72,15 @@ class Multistep(ExplicitSolver):
     step uses) and `plan`, a pair of a `Predictor` and a `Corrector` or None.
     """
 
-    prediction: eqx.AbstractVar[Prediction]
+    if TYPE_CHECKING:  # a field or a property
+
+        @property
+        def prediction(self) -> Prediction:
+            """Which output is extrapolated."""
+            ...
+
+    else:
+        prediction: eqx.AbstractVar[Prediction]
 
     @property
     @abstractmethod

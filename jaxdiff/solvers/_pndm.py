@@ -50,7 +50,7 @@ class PNDM(ExplicitSolver):
     arXiv 2112.10752, the samplers of its code.
     """
 
-    order: int = eqx.field(default=4, static=True)
+    order: int = eqx.field(default=4, static=True)  # type: ignore[assignment]
     warm_up: str = eqx.field(default="heun", static=True)
 
     def __check_init__(self):

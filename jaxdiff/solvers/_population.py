@@ -88,8 +88,8 @@ class PopulationSolver(DiffusionSolver):
         Raises:
             TypeError: if the base does not start from an estimate.
         """
-        check_explicit(self, self.base)
-        return self.each(self.base.advance, problem, x, step, estimate)
+        base = check_explicit(self, self.base)
+        return self.each(base.advance, problem, x, step, estimate)
 
     def move_base(self, problem: Problem, x: Array, step: Step) -> Moved:
         """The base's step of every particle."""

@@ -38,7 +38,7 @@ class SEEDS(Singlestep):
     equal stretches only and otherwise of weak order 1.
     """
 
-    order: int = eqx.field(default=2, static=True)
+    order: int = eqx.field(default=2, static=True)  # type: ignore[assignment]
     eta: float = number(1.0)
     r1: float | None = eqx.field(default=None, static=True)
     r2: float = eqx.field(default=2 / 3, static=True)

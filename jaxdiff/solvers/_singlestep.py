@@ -1,6 +1,7 @@
 """Single-step solvers of several stages: exponential Runge-Kutta methods in lambda."""
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -46,8 +47,24 @@ class Singlestep(ExplicitSolver):
     A method defines `prediction`, `eta2` (0 for the ODE), `fractions` and `weights`.
     """
 
-    prediction: eqx.AbstractVar[Prediction]
-    fractions: eqx.AbstractVar[tuple[float, ...]]
+    if TYPE_CHECKING:  # a field or a property
+
+        @property
+        def prediction(self) -> Prediction:
+            """Which output is extrapolated."""
+            ...
+
+    else:
+        prediction: eqx.AbstractVar[Prediction]
+    if TYPE_CHECKING:  # a field or a property
+
+        @property
+        def fractions(self) -> tuple[float, ...]:
+            """Where the stages are, 1 being the target."""
+            ...
+
+    else:
+        fractions: eqx.AbstractVar[tuple[float, ...]]
 
     @property
     def eta2(self) -> Array | float:
@@ -79,7 +96,9 @@ class Singlestep(ExplicitSolver):
         half = half_log_snr(process, problem.times)
         to_zero = process.sigma(s) == 0
         h = jnp.where(to_zero, 1.0, jnp.where(to_zero, 0.0, half[1:]) - half[:-1])
-        stages, previous, noises = [], 0.0, ()
+        stages: list[Stage] = []
+        noises: tuple[Array, ...] = ()
+        previous, carry = 0.0, jnp.ones_like(t)
         for index, fraction in enumerate(self.fractions):
             last = index == len(self.fractions) - 1
             inside = s if last else process.unbounded_time(2 * (half[:-1] + fraction * h))
@@ -89,7 +108,7 @@ class Singlestep(ExplicitSolver):
                 fresh = linear_parts(
                     process, self.prediction, t, inside, (fraction - previous) * h, self.eta2
                 )
-                ratio = parts.carry / carry if stages else 1.0
+                ratio = parts.carry / carry if stages else jnp.ones_like(t)
                 noises = (*(ratio * n for n in noises), fresh.noise)
             outputs = tuple(parts.scale * w for w in self.weights(index, parts.stiffness))
             carry, previous = parts.carry, fraction
@@ -101,7 +120,7 @@ class Singlestep(ExplicitSolver):
     ) -> tuple[Array, PyTree, Array | int]:
         """See `ExplicitSolver`."""
         stages, to_zero = step.plan
-        noises = ()
+        noises: tuple[Array, ...] = ()
         if self.stochastic:
             keys = jax.random.split(step.key, len(stages))
             noises = tuple(jax.random.normal(key, x.shape, x.dtype) for key in keys)

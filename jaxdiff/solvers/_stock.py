@@ -16,6 +16,7 @@ noise is additive:
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -107,7 +108,7 @@ def plain_x0(problem: Problem, x: Array, t: Array) -> Array:
     return found.x0
 
 
-def count_evaluations(solver: diffrax.AbstractSolver, num_steps: Array) -> Array:
+def count_evaluations(solver: Any, num_steps: Any) -> Any:
     """Vector-field evaluations that an explicit diffrax solver spends in `num_steps` steps.
 
     Raises:
@@ -118,9 +119,10 @@ def count_evaluations(solver: diffrax.AbstractSolver, num_steps: Array) -> Array
     if isinstance(solver, diffrax.AbstractSRK):
         return num_steps * len(solver.tableau.b_sol)
     if isinstance(solver, diffrax.AbstractERK):
-        stages = solver.tableau.num_stages
+        tableau: Any = solver.tableau
+        stages = tableau.num_stages
         # A first-same-as-last method evaluates its first stage once, at the start.
-        return num_steps * (stages - 1) + 1 if solver.tableau.fsal else num_steps * stages
+        return num_steps * (stages - 1) + 1 if tableau.fsal else num_steps * stages
     raise TypeError(
         f"`solver` must be a solver of this library or an explicit diffrax ODE solver (Euler or "
         f"a Runge-Kutta method such as Heun, Tsit5, Dopri5), got {type(solver).__name__}."
@@ -198,9 +200,11 @@ class Flow(Gauge):
     def terms(self, problem: Problem, state: Array) -> diffrax.ODETerm:
         """See `Gauge`."""
         del problem, state
-        return diffrax.ODETerm(
-            lambda v, w, problem: jax.vmap(vector_field, (None, 0, problem.axes))(v, w, problem)
-        )
+
+        def field(v: Any, w: Array, problem: Problem) -> Array:
+            return jax.vmap(vector_field, (None, 0, problem.axes))(v, w, problem)
+
+        return diffrax.ODETerm(field)
 
 
 class Noisy(Gauge):
@@ -224,15 +228,19 @@ class Noisy(Gauge):
     def terms(self, problem: Problem, state: Array) -> diffrax.MultiTerm:
         """Drift, and additive noise along each example's own Brownian path."""
         eta, solver = jnp.asarray(self.sde.eta, state.dtype), self.sde.solver
-        area = AREAS.get(getattr(solver, "minimal_levy_area", None), diffrax.BrownianIncrement)
+        wanted: Any = getattr(solver, "minimal_levy_area", None)
+        area: Any = AREAS.get(wanted, diffrax.BrownianIncrement)
         if self.adaptive:
             # Of a single example: steps are its own.
             shape = jax.ShapeDtypeStruct(state.shape, state.dtype)
             start, end = self.clock(problem, problem.times[jnp.asarray([0, -1])])
             resolution = (end - start) / 2**12
-            path = diffrax.VirtualBrownianTree(start, end, resolution, shape, problem.key[0], area)
+            path: Any = diffrax.VirtualBrownianTree(
+                start, end, resolution, shape, problem.key[0], area
+            )
         else:
-            path = GridNoise(problem.key, jax.ShapeDtypeStruct(state.shape[1:], state.dtype), area)
+            event = jax.ShapeDtypeStruct(state.shape[1:], state.dtype)
+            path = GridNoise(key=problem.key, shape=event, levy_area=area)
 
         def drift(clock, z, problem):
             t = self.time(problem, clock)

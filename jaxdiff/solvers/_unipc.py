@@ -48,7 +48,7 @@ class UniPC(Multistep):
     Sampling of Diffusion Models", 2023, arXiv 2302.04867, algorithms 1 and 2.
     """
 
-    order: int = eqx.field(default=3, static=True)
+    order: int = eqx.field(default=3, static=True)  # type: ignore[assignment]
     prediction: Prediction = X0()
     variant: str = eqx.field(default="bh2", static=True)
     corrector: bool = eqx.field(default=True, static=True)

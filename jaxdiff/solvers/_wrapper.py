@@ -1,7 +1,7 @@
 """Solvers around another solver."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -99,9 +99,9 @@ class SolverWrapper(DiffusionSolver):
         Raises:
             TypeError: for a base that does not start from an estimate.
         """
-        check_explicit(self, self.base)
+        base = check_explicit(self, self.base)
         step = dataclasses.replace(step, plan=step.plan.base)
-        return self.base.advance(_with_plan(problem, problem.plan.base), x, step, estimate)
+        return base.advance(_with_plan(problem, problem.plan.base), x, step, estimate)
 
     def repeat_base(self, problem: Problem, x: Array, step: Step) -> Moved:
         """The base's step as a step of its own, in which maps of the denoiser draw anew.
@@ -140,8 +140,8 @@ class SolverWrapper(DiffusionSolver):
         return Moved(x, None, nfe, notes)
 
 
-def check_explicit(around: DiffusionSolver, base: DiffusionSolver) -> None:
-    """Reject bases that do not step from an estimate.
+def check_explicit(around: DiffusionSolver, base: DiffusionSolver) -> ExplicitSolver:
+    """The base, after checking that it steps from an estimate.
 
     Raises:
         TypeError: naming both.
@@ -151,9 +151,10 @@ def check_explicit(around: DiffusionSolver, base: DiffusionSolver) -> None:
             f"`base` of {type(around).__name__} must be an ExplicitSolver, such as DDIM() or "
             f"DPMSolverMultistep(), got {type(base).__name__}."
         )
+    return base
 
 
-def _key(key: PRNGKeyArray | None, i: Array) -> PRNGKeyArray | None:
+def _key(key: PRNGKeyArray, i: Array) -> Any:
     return None if key is None else jax.random.fold_in(key, i)
 
 

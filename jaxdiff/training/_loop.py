@@ -76,7 +76,7 @@ def _signals(received: list[int]):
 
 def _refuse(name: str, value: str, step: int, store: CheckpointStore | None) -> None:
     good = store.steps()[-1:] if store else []
-    last = f"checkpoint {good[0]} in {store.directory}" if good else "none yet"
+    last = f"checkpoint {good[0]} in {store.directory}" if store and good else "none yet"
     raise NonFiniteLossError(
         f"{name} became {value} at step {step}; the run stops. Last good checkpoint: {last}. "
         "Lower the learning rate, clip the gradient, or check the data."
@@ -93,7 +93,8 @@ class _Means:
 
     def __init__(self, store: CheckpointStore | None, tolerance: int):
         self.store, self.tolerance = store, tolerance
-        self.history, self.in_a_row = [], 0
+        self.history: list[dict] = []
+        self.in_a_row = 0
 
     def take(self, step: int) -> tuple[Metrics, int]:
         """Means over the steps before `step` that were finite, and how many were not."""
@@ -147,13 +148,15 @@ def _check_batch(checks: list, batch: PyTree) -> None:
             check(cond)
 
 
-def _placed(constants: dict[str, PyTree] | None, state: TrainState) -> dict[str, PyTree]:
+def _placed(constants: dict[str, PyTree] | None, state: TrainState) -> PyTree:
     """Constants on the devices of the state, once and not at every step."""
     constants = jax.tree.map(
         lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf, constants or {}
     )
     sharding = state.step.sharding
-    return join_devices(constants, sharding) if hasattr(sharding, "mesh") else constants
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return join_devices(constants, sharding)
+    return constants
 
 
 def fit(
@@ -205,7 +208,8 @@ def fit(
     check_count("checkpoint_every", checkpoint_every)
     for hook in hooks:
         check_count("every", hook.every, instead="It is the hook's number of steps.")
-    index, received = int(state.step), []
+    index = int(state.step)
+    received: list[int] = []
     means_of = _Means(store, check_count("tolerance", tolerance, least=0))
     checks, constants = _cond_checks(state), _placed(constants, state)
 

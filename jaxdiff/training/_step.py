@@ -19,10 +19,6 @@ from jaxdiff.training._ema import EMA
 _SHARED = 2**31
 
 
-def _arrays(state: "TrainState") -> tuple:
-    return state.step, state.key, state.arrays
-
-
 def _network(model: Any) -> Any:
     return model.network
 
@@ -108,7 +104,7 @@ class PlayerState(eqx.Module):
         return eqx.tree_at(part, self.model, weights)
 
 
-class Frozen(eqx.Module, Mapping):
+class Frozen(eqx.Module, Mapping):  # type: ignore[misc]
     """What a loss is given beside its model, key and batch; a mapping of models and constants.
 
     Attributes:
@@ -271,7 +267,7 @@ def _parts(state: PlayerState) -> dict[str, PyTree]:
     }
 
 
-def _form(tree: PyTree) -> tuple:
+def _form(tree: PyTree) -> Any:
     arrays = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf)]
     return jax.tree.structure(tree), [(a.shape, a.dtype) for a in arrays]
 
@@ -377,7 +373,7 @@ def _update(name: str, player: Player, state: PlayerState, key, batch, frozen):
         moved = _masked(player.mask, optax.apply_updates(params, updates), params)
         model = with_weights(moved)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
-    averages, count = state.averages, state.updates + 1
+    averages, count = state.averages, jnp.asarray(state.updates) + 1
     if player.ema is not None:
         averages = player.ema.update(averages, moved, count.astype(float))
     after = PlayerState(model, opt_state, averages, count, loss_state, state.trainable)
@@ -413,7 +409,8 @@ def _as_before(name: str, what: str, old: PyTree, new: PyTree) -> PyTree:
         [(jnp.shape(leaf) if eqx.is_array_like(leaf) else leaf) for leaf in jax.tree.leaves(tree)]
         for tree in (old, new)
     ]
-    if jax.tree.structure(old) != jax.tree.structure(new) or described[0] != described[1]:
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (old, new)]
+    if structures[0] != structures[1] or described[0] != described[1]:
         raise ValueError(
             f"The {what} of the player {name!r} must keep its structure and shapes, got "
             f"{jax.tree.map(jnp.shape, eqx.filter(new, eqx.is_array))} for "
@@ -461,7 +458,8 @@ def make_train_step(
         arrays, rest = eqx.partition((rules, traced_floats(constants or {})), eqx.is_array)
         leaves, structure = jax.tree.flatten(rest)
         after, metrics = _run((structure, tuple(leaves)), state, arrays, batch)
-        return TrainState(*_arrays(after), state.structure, state.rest), metrics
+        kept = dataclasses.replace(after, structure=state.structure, rest=state.rest)
+        return kept, metrics
 
     return step
 
@@ -473,7 +471,8 @@ def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
     rules, constants = eqx.combine(arrays, jax.tree.unflatten(*static))
     key = jax.random.fold_in(state.key, state.step)
     shared = jax.random.fold_in(key, _SHARED)
-    states, metrics = state.players, {}
+    states: dict[str, PlayerState] = state.players
+    metrics: dict[str, Array] = {}
     for index, (name, player) in enumerate(rules):
         models = {other: s.model for other, s in states.items() if other != name}
         own = states[name].loss_state

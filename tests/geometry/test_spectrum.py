@@ -417,7 +417,7 @@ def test_bad_input():
         solve(chunk=0)
     with pytest.raises(ValueError, match="`max_iterations` must be at least 1"):
         SubspaceIteration(max_iterations=0)
-    with pytest.raises(ValueError, match="`oversample` must not be negative"):
+    with pytest.raises(ValueError, match="`oversample` must be at least 0"):
         SubspaceIteration(oversample=-1)
     with pytest.raises(ValueError, match="`block` must be at least 1"):
         GolubKahanLanczos(block=0)
