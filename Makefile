@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test test-optimised lint format bench orders methods notebooks lock clean
+.PHONY: demo test test-optimised test-slow lint format bench orders methods notebooks lock clean
 
 demo: $(READY)
 	$(PY) -m train.pretrain digits
@@ -15,6 +15,11 @@ test: $(READY)
 # The same on the programs that users get, compiled with care; twice the time. Before a release.
 test-optimised: export JAXDIFF_TEST_OPTIMISED = 1
 test-optimised: test
+
+# What takes minutes: real processes, large programs, long data. Not part of continuous integration;
+# tests/slow/README.md keeps its last results.
+test-slow: $(READY)
+	$(PY) -m pytest tests/slow -m slow
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -29,6 +29,7 @@ from jaxdiff import parallel as parallel
 from jaxdiff import predictions as predictions
 from jaxdiff import processes as processes
 from jaxdiff import solvers as solvers
+from jaxdiff._tree import Number as Number
 from jaxdiff._tree import number as number
 from jaxdiff.denoiser import Clipped as Clipped
 from jaxdiff.denoiser import Denoiser as Denoiser
@@ -59,4 +60,4 @@ from jaxdiff.traces import ExactTrace as ExactTrace
 from jaxdiff.traces import Hutchinson as Hutchinson
 from jaxdiff.traces import HutchPlusPlus as HutchPlusPlus
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -29,6 +29,10 @@ def as_number(value: Any) -> Any:
     return value
 
 
+# What a field that may be swept holds: a Python float, or an array where it is traced or stacked.
+Number: TypeAlias = float | Array
+
+
 def number(default: float | None) -> Any:
     """A dataclass field for a number that may be swept: a Python float, or an array leaf.
 
@@ -38,7 +42,7 @@ def number(default: float | None) -> Any:
 
         class Sharpened(jaxdiff.DenoiserMap):
             base: jaxdiff.Denoiser
-            amount: float = jaxdiff.number(1.0)
+            amount: jaxdiff.Number = jaxdiff.number(1.0)
 
     Args:
         default: the field's default; None for a number that may be left out.

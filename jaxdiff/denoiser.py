@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.conditions import as_entries, from_entries
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.predictions import Eps, Prediction
@@ -149,8 +149,8 @@ class TimeLabel(Preconditioning):
         shift: -1 together with `factor=T` gives the discrete timestep of a `Tabulated` process.
     """
 
-    factor: float = number(1000.0)
-    shift: float = number(0.0)
+    factor: Number = number(1000.0)
+    shift: Number = number(0.0)
 
     def __check_init__(self):
         check_number("factor", self.factor)
@@ -179,8 +179,8 @@ class LogNoiseLabel(Preconditioning):
     Generative Models", 2022, arXiv 2206.00364, table 1.
     """
 
-    sigma_data: float = number(0.5)
-    factor: float = number(0.25)
+    sigma_data: Number = number(0.5)
+    factor: Number = number(0.25)
 
     def __check_init__(self):
         check_number("sigma_data", self.sigma_data, above=0.0)
@@ -418,8 +418,8 @@ class Clipped(DenoiserMap):
     """
 
     base: Denoiser
-    low: float = number(-1.0)
-    high: float = number(1.0)
+    low: Number = number(-1.0)
+    high: Number = number(1.0)
 
     def __check_init__(self):
         check_number("low", self.low)
@@ -449,7 +449,7 @@ class DynamicThresholding(DenoiserMap):
     """
 
     base: Denoiser
-    quantile: float = number(0.995)
+    quantile: Number = number(0.995)
 
     def __check_init__(self):
         check_number("quantile", self.quantile, least=0.0, most=1.0)

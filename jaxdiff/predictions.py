@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import derivative, number
+from jaxdiff._tree import Number, derivative, number
 from jaxdiff.processes import GaussianProcess
 
 
@@ -131,7 +131,7 @@ class F(Prediction):
     Generative Models", 2022, arXiv 2206.00364, table 1 (there alpha = 1).
     """
 
-    sigma_data: float = number(0.5)
+    sigma_data: Number = number(0.5)
 
     def __check_init__(self):
         check_number("sigma_data", self.sigma_data, above=0.0)

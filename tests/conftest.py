@@ -9,7 +9,8 @@ from pathlib import Path
 flags = ["--xla_force_host_platform_device_count=8"]
 # Compiling is most of the suite's time, running next to none of it: machine code stays as it comes.
 # JAXDIFF_TEST_OPTIMISED=1 tests the programs that users get.
-if not os.environ.get("JAXDIFF_TEST_OPTIMISED"):
+OPTIMISED = bool(os.environ.get("JAXDIFF_TEST_OPTIMISED"))
+if not OPTIMISED:
     flags += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     # Loops without MLIR, half of what is left; newer versions know no such flag, and abort.
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
@@ -18,8 +19,22 @@ os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 # Small factorisations are far slower on threads that compete with other workers.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Tracing makes millions of objects that live on; looking through them for cycles takes a tenth.
+gc.set_threshold(100_000, 50, 50)
+
+import equinox.internal as eqxi  # noqa: E402
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+import shapes  # noqa: E402
+
+shapes.install()
+
+if not OPTIMISED:
+    # Diffrax steps back from the end of time a hundred times, half the program of a small sampler;
+    # the same floats by arithmetic.
+    eqxi.prevbefore = lambda t: t - jnp.abs(t) * (0.5 * jnp.finfo(t.dtype).eps)
 
 MAPS = Path("/proc/self/maps")
 # A worker takes whole files: one of these at the end would keep the others waiting.
@@ -49,6 +64,14 @@ def x64():
     """Run one test in double precision, where it proves something."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def unchecked():
+    """Wrong arguments, of which the library's own errors are tested."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

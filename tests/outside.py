@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxdiff
-from jaxdiff import solvers
+from jaxdiff import losses, solvers
 from jaxdiff.conditions import null_where, take
 
 
@@ -19,7 +19,7 @@ class IndependentCondition(jaxdiff.Stepwise):
 
     base: jaxdiff.Denoiser
     num_classes: int = eqx.field(static=True, default=2)
-    scale: float = jaxdiff.number(2.0)
+    scale: jaxdiff.Number = jaxdiff.number(2.0)
 
     @property
     def evaluations(self):
@@ -36,7 +36,7 @@ class NoisyCondition(jaxdiff.Stepwise):
     """CADS (arXiv 2310.17347), of a mean that the condition adds: noise on it at early steps."""
 
     base: jaxdiff.Denoiser
-    size: float = jaxdiff.number(0.5)
+    size: jaxdiff.Number = jaxdiff.number(0.5)
 
     def estimate(self, x, t, cond=None, *, key=None):
         shift, rest = take(cond, "shift", by="NoisyCondition")
@@ -50,8 +50,8 @@ class Latched(jaxdiff.Stepwise):
 
     base: jaxdiff.Denoiser
     null_cond: int = eqx.field(static=True, default=2)
-    scale: float = jaxdiff.number(3.0)
-    agreement: float = jaxdiff.number(0.98)
+    scale: jaxdiff.Number = jaxdiff.number(3.0)
+    agreement: jaxdiff.Number = jaxdiff.number(0.98)
 
     def init_memory(self, x):
         return jnp.zeros((), bool)
@@ -80,9 +80,9 @@ class Momentum(jaxdiff.Stepwise):
 
     base: jaxdiff.Denoiser
     null_cond: int = eqx.field(static=True, default=2)
-    scale: float = jaxdiff.number(1.5)
-    rate: float = jaxdiff.number(0.4)
-    decay: float = jaxdiff.number(0.7)
+    scale: jaxdiff.Number = jaxdiff.number(1.5)
+    rate: jaxdiff.Number = jaxdiff.number(0.4)
+    decay: jaxdiff.Number = jaxdiff.number(0.7)
 
     @property
     def evaluations(self):
@@ -104,9 +104,9 @@ class Interval(jaxdiff.Stepwise):
 
     base: jaxdiff.Denoiser
     null_cond: int = eqx.field(static=True, default=2)
-    scale: float = jaxdiff.number(3.0)
-    t_low: float = jaxdiff.number(0.2)
-    t_high: float = jaxdiff.number(0.7)
+    scale: jaxdiff.Number = jaxdiff.number(3.0)
+    t_low: jaxdiff.Number = jaxdiff.number(0.2)
+    t_high: jaxdiff.Number = jaxdiff.number(0.7)
 
     def inside(self):
         return (self.step.t >= self.t_low) & (self.step.t <= self.t_high)
@@ -130,7 +130,7 @@ class CFGPlusPlus(jaxdiff.DenoiserMap):
 
     base: jaxdiff.Denoiser
     null_cond: int = eqx.field(static=True, default=2)
-    scale: float = jaxdiff.number(0.6)
+    scale: jaxdiff.Number = jaxdiff.number(0.6)
 
     @property
     def evaluations(self):
@@ -147,7 +147,7 @@ class Measured(jaxdiff.DenoiserMap):
     """E[x0 | x_t, y] of unit normal data and a measurement y = mask x0 + std n of each example."""
 
     base: jaxdiff.Denoiser
-    std: float = jaxdiff.number(0.3)
+    std: jaxdiff.Number = jaxdiff.number(0.3)
 
     def estimate(self, x, t, cond=None, *, key=None):
         y, mask, rest = take(cond, "y", "mask", by="Measured")
@@ -163,7 +163,7 @@ class Autoguidance(jaxdiff.DenoiserMap):
 
     base: jaxdiff.Denoiser
     weak: jaxdiff.Denoiser
-    scale: float = jaxdiff.number(2.0)
+    scale: jaxdiff.Number = jaxdiff.number(2.0)
 
     def estimate(self, x, t, cond=None, *, key=None):
         found = self.base.estimate(x, t, cond, key=key)
@@ -211,7 +211,7 @@ class Projected(solvers.SolverWrapper):
 
     base: solvers.DiffusionSolver = solvers.DDIM()
     normal: jax.Array | None = None
-    share: float = jaxdiff.number(1.0)
+    share: jaxdiff.Number = jaxdiff.number(1.0)
 
     def update(self, problem, x, step):
         found = problem.estimate(x, step.t)
@@ -226,7 +226,7 @@ class ParticleGuidance(solvers.PopulationSolver):
 
     base: solvers.DiffusionSolver = solvers.DDIM()
     size: int = eqx.field(static=True, default=4)
-    strength: float = jaxdiff.number(0.3)
+    strength: jaxdiff.Number = jaxdiff.number(0.3)
 
     def update(self, problem, x, step):
         found = self.estimate(problem, x, step)
@@ -241,7 +241,7 @@ class Resampled(solvers.PopulationSolver):
 
     base: solvers.DiffusionSolver = solvers.Ancestral()
     size: int = eqx.field(static=True, default=4)
-    strength: float = jaxdiff.number(0.5)
+    strength: jaxdiff.Number = jaxdiff.number(0.5)
 
     def update(self, problem, x, step):
         moved = self.move_base(problem, x, step)
@@ -251,3 +251,35 @@ class Resampled(solvers.PopulationSolver):
         chosen = jnp.where(self.strength == 0, jnp.arange(self.size), chosen)
         kept = jax.tree.map(lambda a: a[chosen], (moved.x, moved.memory, moved.notes))
         return solvers.Moved(kept[0], kept[1], moved.nfe, kept[2])
+
+
+class Balanced(eqx.Module):
+    """A loss over its running mean: a state, returned third."""
+
+    loss: losses.DenoisingLoss
+    decay: jaxdiff.Number = jaxdiff.number(0.9)
+
+    def init_state(self, model):
+        return jnp.ones(())
+
+    def __call__(self, model, key, batch, frozen):
+        total, metrics = self.loss(model, key, batch, frozen)
+        mean = self.decay * frozen.state + (1 - self.decay) * jax.lax.stop_gradient(total)
+        return total / mean, {**metrics, "mean": mean}, mean
+
+
+class TowardsAverage(eqx.Module):
+    """Mean teacher (arXiv 1703.01780): the answer of the own average, at times that all share."""
+
+    weight: jaxdiff.Number = jaxdiff.number(1.0)
+
+    def __call__(self, model, key, batch, frozen):
+        teacher = frozen.averaged("model")
+
+        def one(key, u, x0, cond):
+            x0 = x0.astype(jnp.float32)
+            x = model.process.noise(key, x0, u)
+            target = jax.lax.stop_gradient(teacher(x, u, cond))
+            return jnp.mean((model(x, u, cond) - target) ** 2)
+
+        return self.weight * losses.each_example(one, frozen.key, batch).mean(), {}

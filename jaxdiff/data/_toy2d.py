@@ -22,11 +22,11 @@ def _draw(point: Callable, key: PRNGKeyArray, n: int) -> Array:
     return jax.vmap(lambda i: point(random.fold_in(key, i)))(jnp.arange(n))
 
 
-def _polar(radius: Array, angle: Array) -> Array:
+def _polar(radius: Array | float, angle: Array) -> Array:
     return radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
 
-def two_moons(key: PRNGKeyArray, n: int, *, noise: float = 0.05) -> Float[Array, "n 2"]:
+def two_moons(key: PRNGKeyArray, n: int, *, noise: float = 0.05) -> Float[Array, "{n} 2"]:
     """Two interleaved half circles of radius 1.
 
     +/-(cos a - 1/2, sin a - 1/4) + noise * eps, with a uniform on [0, pi] and either sign equally
@@ -49,7 +49,7 @@ def two_moons(key: PRNGKeyArray, n: int, *, noise: float = 0.05) -> Float[Array,
     return _draw(point, key, n)
 
 
-def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float = 0.05) -> Float[Array, "n 2"]:
+def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float = 0.05) -> Float[Array, "{n} 2"]:
     """A spiral of one and a half turns.
 
     (a cos a, a sin a) / 7 + noise * eps, with a uniform on [3 pi / 2, 9 pi / 2]: a plane section
@@ -72,7 +72,7 @@ def swiss_roll(key: PRNGKeyArray, n: int, *, noise: float = 0.05) -> Float[Array
     return _draw(point, key, n)
 
 
-def checkerboard(key: PRNGKeyArray, n: int) -> Float[Array, "n 2"]:
+def checkerboard(key: PRNGKeyArray, n: int) -> Float[Array, "{n} 2"]:
     """Uniform on the eight squares of [-2, 2]^2 where floor(x1) + floor(x2) is even.
 
     Args:
@@ -92,7 +92,7 @@ def checkerboard(key: PRNGKeyArray, n: int) -> Float[Array, "n 2"]:
     return _draw(point, key, n)
 
 
-def eight_gaussians(key: PRNGKeyArray, n: int, *, noise: float = 0.1) -> Float[Array, "n 2"]:
+def eight_gaussians(key: PRNGKeyArray, n: int, *, noise: float = 0.1) -> Float[Array, "{n} 2"]:
     """Eight equally likely Gaussians, with means at equal angles on a circle of radius sqrt(2).
 
     Args:
@@ -112,7 +112,7 @@ def eight_gaussians(key: PRNGKeyArray, n: int, *, noise: float = 0.1) -> Float[A
     return _draw(point, key, n)
 
 
-def rings(key: PRNGKeyArray, n: int, *, noise: float = 0.05) -> Float[Array, "n 2"]:
+def rings(key: PRNGKeyArray, n: int, *, noise: float = 0.05) -> Float[Array, "{n} 2"]:
     """Four equally likely concentric circles of radius 1/2, 1, 3/2 and 2.
 
     Args:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import jit, number, root
+from jaxdiff._tree import Number, jit, number, root
 from jaxdiff.denoiser import Denoiser, Estimate
 from jaxdiff.sampling import Trajectory
 from jaxdiff.solvers._base import ExplicitSolver, Problem
@@ -40,9 +40,9 @@ class Asyrp(ExplicitSolver):
     """
 
     edited: Denoiser
-    t_edit: float = number(0.0)
-    t_boost: float | None = number(None)
-    eta: float = number(1.0)
+    t_edit: Number = number(0.0)
+    t_boost: Number | None = number(None)
+    eta: Number = number(1.0)
 
     def __check_init__(self):
         check_number("t_edit", self.t_edit, finite=False)

@@ -16,8 +16,8 @@ class TapFeature(eqx.Module):
     """f: x -> h, an inner activation of a denoiser's network at one time and condition.
 
     A pytree: new weights, times and conditions do not recompile. With several taps of equal shape,
-    `index` chooses among them, and a change of it does not recompile either. Read through any maps;
-    under guidance, of the conditional branch.
+    `index` chooses among them, and a change of it does not recompile either. Read through any maps,
+    edits included; under guidance, of the conditional branch.
 
     Args:
         denoiser: a network's denoiser, or guidance and other maps of one.

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxdiff._tree import batched
 from jaxdiff.geometry._linalg import (
@@ -24,7 +24,9 @@ from jaxdiff.geometry._linalg import (
 
 
 @jax.default_matmul_precision("highest")
-def principal_angles(a: Array, b: Array) -> Array:
+def principal_angles(
+    a: Float[Array, "r *shape"], b: Float[Array, "s *shape"]
+) -> Float[Array, "min(r,s)"]:
     """Principal angles between two subspaces, increasing, in [0, pi/2].
 
     Cosines are the singular values of A B^T, sines those of what is left of one basis after
@@ -54,7 +56,9 @@ def principal_angles(a: Array, b: Array) -> Array:
     return jnp.arctan2(sines, cosines)
 
 
-def grassmann_distance(a: Array, b: Array) -> Array:
+def grassmann_distance(
+    a: Float[Array, "r *shape"], b: Float[Array, "s *shape"]
+) -> Float[Array, ""]:
     """Length of the geodesic between two subspaces: the 2-norm of their principal angles.
 
     0 if and only if one of them contains the other; for equal dimensions, if they are the same.
@@ -73,7 +77,7 @@ def grassmann_distance(a: Array, b: Array) -> Array:
     return jnp.linalg.norm(principal_angles(a, b))
 
 
-def chordal_distance(a: Array, b: Array) -> Array:
+def chordal_distance(a: Float[Array, "r *shape"], b: Float[Array, "s *shape"]) -> Float[Array, ""]:
     """2-norm of the sines of the principal angles: ||P_a - P_b|| / sqrt(2) for projectors P.
 
     Arguments and reference as in `grassmann_distance`.
@@ -108,7 +112,9 @@ def pairwise_distances(
 
 
 @jax.default_matmul_precision("highest")
-def grassmann_log(base: Array, target: Array) -> Array:
+def grassmann_log(
+    base: Float[Array, "r *shape"], target: Float[Array, "r *shape"]
+) -> Float[Array, "r *shape"]:
     """The tangent vector at `base` whose geodesic reaches the span of `target` at time 1.
 
     Delta = sum_i theta_i h_i u_i^T over principal angles theta_i, with u_i the principal vector
@@ -136,7 +142,9 @@ def grassmann_log(base: Array, target: Array) -> Array:
 
 
 @jax.default_matmul_precision("highest")
-def grassmann_exp(base: Array, tangent: Array) -> Array:
+def grassmann_exp(
+    base: Float[Array, "r *shape"], tangent: Float[Array, "r *shape"]
+) -> Float[Array, "r *shape"]:
     """The basis that the geodesic from `base` along a tangent vector reaches at time 1.
 
     Y = cos(S) X + sin(S) / S Delta with S = (Delta Delta^T)^{1/2}. The vectors of the base are

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxdiff._checks import check_count, check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.geometry._jacobian import Jacobian
 from jaxdiff.geometry._linalg import after
 
@@ -95,7 +95,7 @@ class SubspaceIteration(SpectralMethod):
     """
 
     oversample: int = eqx.field(static=True, default=8)
-    tolerance: float = number(1e-4)
+    tolerance: Number = number(1e-4)
     max_iterations: int = eqx.field(static=True, default=50)
 
     def __check_init__(self):
@@ -165,7 +165,7 @@ class GolubKahanLanczos(SpectralMethod):
     """
 
     block: int | None = eqx.field(static=True, default=None)
-    tolerance: float = number(1e-4)
+    tolerance: Number = number(1e-4)
     max_iterations: int = eqx.field(static=True, default=30)
 
     def __check_init__(self):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, edit_taps, find_network
 from jaxdiff.geometry._features import Offset
 
@@ -29,8 +29,8 @@ class EditedBetween(DenoiserMap):
 
     base: Denoiser
     edited: Denoiser
-    t_low: Array | float = number(0.0)
-    t_high: Array | float = number(float("inf"))
+    t_low: Number = number(0.0)
+    t_high: Number = number(float("inf"))
 
     def __check_init__(self):
         check_number("t_low", self.t_low, finite=False)

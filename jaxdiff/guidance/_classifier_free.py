@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.conditions import null_where
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
 
@@ -32,7 +32,7 @@ class ClassifierFree(DenoiserMap):
 
     base: Denoiser
     null_cond: PyTree
-    scale: float = number(1.0)
+    scale: Number = number(1.0)
 
     def __check_init__(self):
         check_number("scale", self.scale)

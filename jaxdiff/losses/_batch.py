@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxdiff.conditions import null_where
 
 
-def stratified_uniform(key: PRNGKeyArray, count: int) -> Array:
+def stratified_uniform(key: PRNGKeyArray, count: int) -> Float[Array, "{count}"]:
     """`count` numbers, each uniform on [0, 1), one in each of `count` equal strata.
 
     u_i = (pi(i) + v_i) / count, v_i uniform and pi a random permutation: lower variance than

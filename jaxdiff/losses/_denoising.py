@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.losses._batch import drop_cond, each_example, wide
 from jaxdiff.losses._time_laws import TimeLaw, UniformTime
@@ -59,7 +59,7 @@ class DenoisingLoss(eqx.Module):
     weighting: Weighting = Uniform()
     time_law: TimeLaw = UniformTime()
     null_cond: PyTree = None
-    label_dropout: float = number(0.1)
+    label_dropout: Number = number(0.1)
 
     def __check_init__(self):
         check_number("label_dropout", self.label_dropout, least=0.0, most=1.0)

@@ -9,7 +9,7 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_count, check_number
-from jaxdiff._tree import as_float_array, number
+from jaxdiff._tree import Number, as_float_array, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.losses._batch import drop_cond, each_example, wide
 from jaxdiff.processes import GaussianProcess
@@ -98,9 +98,9 @@ class HybridLoss(eqx.Module):
     """
 
     num_steps: int = eqx.field(static=True, default=1000)
-    vlb_weight: float = number(0.001)
+    vlb_weight: Number = number(0.001)
     null_cond: PyTree = None
-    label_dropout: float = number(0.1)
+    label_dropout: Number = number(0.1)
 
     def __check_init__(self):
         check_count("num_steps", self.num_steps, least=2)

@@ -13,7 +13,7 @@ from jax.scipy.special import ndtri
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import derivative, number
+from jaxdiff._tree import Number, derivative, number
 from jaxdiff.processes import GaussianProcess
 
 
@@ -75,8 +75,8 @@ class LogNormal(TimeLaw):
     Generative Models", 2022, arXiv 2206.00364, section 5.
     """
 
-    mean: float = number(-1.2)
-    std: float = number(1.2)
+    mean: Number = number(-1.2)
+    std: Number = number(1.2)
 
     def __check_init__(self):
         check_number("mean", self.mean)
@@ -107,8 +107,8 @@ class LogitNormal(TimeLaw):
     Synthesis", 2024, arXiv 2403.03206, section 3.1.
     """
 
-    mean: float = number(0.0)
-    std: float = number(1.0)
+    mean: Number = number(0.0)
+    std: Number = number(1.0)
 
     def __check_init__(self):
         check_number("mean", self.mean)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import derivative, number
+from jaxdiff._tree import Number, derivative, number
 from jaxdiff.predictions import Eps, Prediction
 from jaxdiff.processes import GaussianProcess
 
@@ -72,7 +72,7 @@ class TruncatedSNR(Weighting):
     2022, arXiv 2202.00512, equation 9.
     """
 
-    floor: float = number(1.0)
+    floor: Number = number(1.0)
 
     def __check_init__(self):
         check_number("floor", self.floor, least=0.0)
@@ -92,7 +92,7 @@ class MinSNR(Weighting):
     2023, arXiv 2303.09556, section 3.4.
     """
 
-    gamma: float = number(5.0)
+    gamma: Number = number(5.0)
 
     def __check_init__(self):
         check_number("gamma", self.gamma, above=0.0)
@@ -113,8 +113,8 @@ class P2(Weighting):
     arXiv 2204.00227, equation 8.
     """
 
-    k: float = number(1.0)
-    gamma: float = number(1.0)
+    k: Number = number(1.0)
+    gamma: Number = number(1.0)
 
     def __check_init__(self):
         check_number("k", self.k, least=0.0)
@@ -144,7 +144,7 @@ class Sigmoid(Weighting):
     Augmentation", 2023, arXiv 2303.00848, equation 3 and appendix D.
     """
 
-    bias: float = number(2.0)
+    bias: Number = number(2.0)
 
     def __check_init__(self):
         check_number("bias", self.bias)

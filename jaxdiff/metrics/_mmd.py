@@ -8,7 +8,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float, Scalar
 
 from jaxdiff._checks import check_count, check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.metrics._pair import feature_pair
 
 
@@ -33,8 +33,8 @@ class Polynomial(Kernel):
     """
 
     degree: int = eqx.field(default=3, static=True)
-    gamma: float | None = number(None)
-    offset: float = number(1.0)
+    gamma: Number | None = number(None)
+    offset: Number = number(1.0)
 
     def __check_init__(self):
         check_count("degree", self.degree)
@@ -59,7 +59,7 @@ class RBF(Kernel):
     JMLR 13.
     """
 
-    bandwidth: float = number(1.0)
+    bandwidth: Number = number(1.0)
 
     def __check_init__(self):
         check_number("bandwidth", self.bandwidth, above=0.0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import as_float_array, bounded, derivative, root
+from jaxdiff._tree import Number, as_float_array, bounded, derivative, root
 
 
 class Process(eqx.Module):
@@ -24,18 +24,18 @@ class Process(eqx.Module):
     if TYPE_CHECKING:  # fields or properties
 
         @property
-        def t_min(self) -> float:
+        def t_min(self) -> Number:
             """The first time that is safe in single precision."""
             ...
 
         @property
-        def t_max(self) -> float:
+        def t_max(self) -> Number:
             """The last such time."""
             ...
 
     else:
-        t_min: eqx.AbstractVar[float]
-        t_max: eqx.AbstractVar[float]
+        t_min: eqx.AbstractVar[Number]
+        t_max: eqx.AbstractVar[Number]
 
     def __check_init__(self):
         check_number("t_min", self.t_min, least=0.0)
@@ -55,7 +55,7 @@ class Process(eqx.Module):
     def prior_log_prob(self, x: Array, t: Array) -> Array:
         """log density of the prior at one example `(*event)`, a scalar in nats."""
 
-    def times(self, num_steps: int, t_end: float = 0.0) -> Array:
+    def times(self, num_steps: int, t_end: Number = 0.0) -> Array:
         """The grid customary for this process: uniform in t, from t_max down to `t_end`.
 
         Args:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number, root
+from jaxdiff._tree import Number, number, root
 from jaxdiff.processes._base import GaussianProcess
 
 
@@ -23,9 +23,9 @@ class Cosine(GaussianProcess):
         arXiv 2102.09672, equation 17.
     """
 
-    offset: float = number(0.0)
-    t_min: float = number(1e-4)
-    t_max: float = number(1.0 - 1e-4)
+    offset: Number = number(0.0)
+    t_min: Number = number(1e-4)
+    t_max: Number = number(1.0 - 1e-4)
 
     def __check_init__(self):
         check_number("offset", self.offset, least=0.0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.processes._base import GaussianProcess
 
 
@@ -25,8 +25,8 @@ class EDM(GaussianProcess):
 
     horizon: ClassVar[float] = math.inf
 
-    t_min: float = number(0.002)
-    t_max: float = number(80.0)
+    t_min: Number = number(0.002)
+    t_max: Number = number(80.0)
 
     def __check_init__(self):
         check_number("t_min", self.t_min, above=0.0)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.processes._base import GaussianProcess
 
 
@@ -17,8 +17,8 @@ class RectifiedFlow(GaussianProcess):
         Modeling", 2022, arXiv 2210.02747, section 4.1. Both put data at t = 1.
     """
 
-    t_min: float = number(1e-4)
-    t_max: float = number(1.0 - 1e-4)
+    t_min: Number = number(1e-4)
+    t_max: Number = number(1.0 - 1e-4)
 
     def alpha(self, t: Array) -> Array:
         """1 - t."""

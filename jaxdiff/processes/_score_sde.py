@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number, root
+from jaxdiff._tree import Number, number, root
 from jaxdiff.processes._base import GaussianProcess
 
 
-def _integrated_beta(beta_min: float, beta_max: float, t: Array) -> Array:
+def _integrated_beta(beta_min: Number, beta_max: Number, t: Array) -> Array:
     return t * (beta_min + 0.5 * (beta_max - beta_min) * t)
 
 
-def _time_of_integrated_beta(beta_min: float, beta_max: float, integral: Array) -> Array:
+def _time_of_integrated_beta(beta_min: Number, beta_max: Number, integral: Array) -> Array:
     # The root of the quadratic in the form that does not cancel at small t.
     slope = beta_max - beta_min
     return 2 * integral / (beta_min + jnp.sqrt(beta_min**2 + 2 * slope * integral))
@@ -35,10 +35,10 @@ class VP(GaussianProcess):
         beta_max: beta(1) > beta_min.
     """
 
-    beta_min: float = number(0.1)
-    beta_max: float = number(20.0)
-    t_min: float = number(1e-5)
-    t_max: float = number(1.0)
+    beta_min: Number = number(0.1)
+    beta_max: Number = number(20.0)
+    t_min: Number = number(1e-5)
+    t_max: Number = number(1.0)
 
     def __check_init__(self):
         check_number("beta_min", self.beta_min, above=0.0)
@@ -73,10 +73,10 @@ class SubVP(GaussianProcess):
         beta_max: beta(1) > beta_min.
     """
 
-    beta_min: float = number(0.1)
-    beta_max: float = number(20.0)
-    t_min: float = number(1e-3)
-    t_max: float = number(1.0)
+    beta_min: Number = number(0.1)
+    beta_max: Number = number(20.0)
+    t_min: Number = number(1e-3)
+    t_max: Number = number(1.0)
 
     def __check_init__(self):
         check_number("beta_min", self.beta_min, above=0.0)
@@ -115,10 +115,10 @@ class VE(GaussianProcess):
         sigma_max: sigma(1) > sigma_min.
     """
 
-    sigma_min: float = number(0.01)
-    sigma_max: float = number(50.0)
-    t_min: float = number(0.0)
-    t_max: float = number(1.0)
+    sigma_min: Number = number(0.01)
+    sigma_max: Number = number(50.0)
+    t_min: Number = number(0.0)
+    t_max: Number = number(1.0)
 
     def __check_init__(self):
         check_number("sigma_min", self.sigma_min, above=0.0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.processes._base import GaussianProcess
 
 
@@ -25,9 +25,9 @@ class TrigFlow(GaussianProcess):
 
     horizon: ClassVar[float] = math.pi / 2
 
-    sigma_data: float = number(0.5)
-    t_min: float = number(1e-4)
-    t_max: float = number(math.pi / 2 - 1e-4)
+    sigma_data: Number = number(0.5)
+    t_min: Number = number(1e-4)
+    t_max: Number = number(math.pi / 2 - 1e-4)
 
     def __check_init__(self):
         check_number("sigma_data", self.sigma_data, above=0.0)

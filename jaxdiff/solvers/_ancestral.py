@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Estimate
 from jaxdiff.solvers._base import GaussianSolver, Problem
 from jaxdiff.stepwise import Step
@@ -39,7 +39,7 @@ class Ancestral(GaussianSolver):
     Diffusion Probabilistic Models", 2021, arXiv 2102.09672, equation 15.
     """
 
-    variance: float = number(0.0)
+    variance: Number = number(0.0)
 
     def __check_init__(self):
         check_number("variance", self.variance)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number, root
+from jaxdiff._tree import Number, number, root
 from jaxdiff.predictions import X0
 from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._dpm_solver import DPMSolver
@@ -43,7 +43,7 @@ class AncestralNoise(SolverWrapper):
     """
 
     base: DiffusionSolver = DPMSolver(2, X0())
-    eta: float = number(1.0)
+    eta: Number = number(1.0)
 
     inserts_steps: ClassVar[bool] = True
 

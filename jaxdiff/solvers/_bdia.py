@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import is_known, number
+from jaxdiff._tree import Number, is_known, number
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem, check_noisy_start
 from jaxdiff.stepwise import Step
@@ -56,7 +56,7 @@ class BDIA(DiffusionSolver):
     variance-preserving process; x_t -> u extends it to every process.
     """
 
-    gamma: float = number(1.0)
+    gamma: Number = number(1.0)
 
     def __check_init__(self):
         remedy = "Take 1.0 to invert, or DDIM() for gamma = 0, which has no exact inverse."

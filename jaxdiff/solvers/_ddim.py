@@ -3,7 +3,7 @@
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number, root
+from jaxdiff._tree import Number, number, root
 from jaxdiff.denoiser import Estimate
 from jaxdiff.solvers._base import GaussianSolver, Problem
 from jaxdiff.stepwise import Step
@@ -23,7 +23,7 @@ class DDIM(GaussianSolver):
     arXiv 2010.02502, equations 12 and 16.
     """
 
-    eta: float | None = number(None)
+    eta: Number | None = number(None)
 
     def __check_init__(self):
         check_number("eta", self.eta, least=0.0)

@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.predictions import X0, Eps, Prediction
 from jaxdiff.solvers._base import Problem
 from jaxdiff.solvers._exponential import check_prediction, moments
@@ -62,7 +62,7 @@ class DPMSolverMultistep(Multistep):
     order: int = eqx.field(default=2, static=True)  # type: ignore[assignment]
     prediction: Prediction = X0()
     variant: str = eqx.field(default="midpoint", static=True)
-    eta: float | None = number(None)
+    eta: Number | None = number(None)
     lower_order_final: bool | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):

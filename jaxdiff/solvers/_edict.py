@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._fixed_point import transfer
@@ -57,7 +57,7 @@ class EDICT(DiffusionSolver):
     Transformations", 2022, arXiv 2211.12446, section 4; the turns are from the authors' code.
     """
 
-    p: float = number(0.93)
+    p: Number = number(0.93)
     alternate: bool = eqx.field(default=True, static=True)
 
     def __check_init__(self):

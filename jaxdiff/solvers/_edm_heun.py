@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number, root
+from jaxdiff._tree import Number, number, root
 from jaxdiff.denoiser import Estimate
 from jaxdiff.solvers._base import ExplicitSolver, Moved, Problem
 from jaxdiff.stepwise import Step
@@ -32,10 +32,10 @@ class EDMHeun(ExplicitSolver):
     alpha = 1; k and y extend it to every process.
     """
 
-    s_churn: float | None = number(None)
-    s_tmin: float = number(0.0)
-    s_tmax: float = number(float("inf"))
-    s_noise: float = number(1.0)
+    s_churn: Number | None = number(None)
+    s_tmin: Number = number(0.0)
+    s_tmax: Number = number(float("inf"))
+    s_noise: Number = number(1.0)
 
     def __check_init__(self):
         check_number("s_churn", self.s_churn, least=0.0)
@@ -53,7 +53,9 @@ class EDMHeun(ExplicitSolver):
         """True."""
         return True
 
-    def _churn(self, problem: Problem, x: Array, step: Step, s_churn: float) -> tuple[Array, Array]:
+    def _churn(
+        self, problem: Problem, x: Array, step: Step, s_churn: Number
+    ) -> tuple[Array, Array]:
         """The state with more noise, and its time."""
         process, t = problem.process, step.t
         k = process.sigma(t) / process.alpha(t)

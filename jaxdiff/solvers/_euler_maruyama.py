@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Estimate
 from jaxdiff.solvers._base import GaussianSolver, Problem
 from jaxdiff.stepwise import Step
@@ -29,7 +29,7 @@ class EulerMaruyama(GaussianSolver):
     and Score Matching", 2021, arXiv 2106.02808, section 5.
     """
 
-    eta: float = number(1.0)
+    eta: Number = number(1.0)
     last_noise: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):

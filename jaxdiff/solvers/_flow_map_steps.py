@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
@@ -42,7 +42,7 @@ class FlowMapSteps(DiffusionSolver):
     arXiv 2310.02279, algorithm 3. Written there for alpha = 1.
     """
 
-    gamma: float | None = number(None)
+    gamma: Number | None = number(None)
 
     model: ClassVar[type] = FlowMap
 

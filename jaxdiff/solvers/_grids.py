@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff._checks import check_number
 from jaxdiff._tree import as_number
@@ -28,7 +28,9 @@ class Schedule(eqx.Module):
     history: Array
 
 
-def uniform_times(process: GaussianProcess, num_steps: int, *, t_end: float = 0.0) -> Array:
+def uniform_times(
+    process: GaussianProcess, num_steps: int, *, t_end: float = 0.0
+) -> Float[Array, "{num_steps}+1"]:
     """Times uniform in t, from t_max to `t_end`.
 
     Args:
@@ -42,7 +44,7 @@ def uniform_times(process: GaussianProcess, num_steps: int, *, t_end: float = 0.
     return jnp.linspace(process.t_max, t_end, num_steps + 1)
 
 
-def log_snr_times(process: GaussianProcess, num_steps: int) -> Array:
+def log_snr_times(process: GaussianProcess, num_steps: int) -> Float[Array, "{num_steps}+1"]:
     """Times uniform in log-SNR, from t_max to t_min.
 
     Reference: Lu et al., "DPM-Solver", 2022, arXiv 2206.00927, section 3.4.
@@ -59,7 +61,7 @@ def karras_times(
     rho: float = 7.0,
     t_start: ArrayLike | None = None,
     t_end: ArrayLike | None = None,
-) -> Array:
+) -> Float[Array, "{num_steps}+1"]:
     """Noise levels k = sigma / alpha uniform in k^(1/rho), from t_max to t_min, then 0.
 
     Args:
@@ -81,7 +83,9 @@ def karras_times(
     return _by_level(process, num_steps, log_level, t_start, t_end)
 
 
-def polyexponential_times(process: GaussianProcess, num_steps: int, *, rho: float = 1.0) -> Array:
+def polyexponential_times(
+    process: GaussianProcess, num_steps: int, *, rho: float = 1.0
+) -> Float[Array, "{num_steps}+1"]:
     """log k falls as a power of the remaining steps, from t_max to t_min, then 0.
 
     log k_i = log k_min + (1 - i / (N - 1))^rho log(k_max / k_min), with k = sigma / alpha.
@@ -126,7 +130,7 @@ def _by_level(
     return jnp.append(times[:num_steps], 0.0) if to_zero else times
 
 
-def quadratic_times(process: GaussianProcess, num_steps: int) -> Array:
+def quadratic_times(process: GaussianProcess, num_steps: int) -> Float[Array, "{num_steps}+1"]:
     """Times uniform in sqrt(t), from t_max to 0.
 
     Reference: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", 2020,
@@ -135,7 +139,9 @@ def quadratic_times(process: GaussianProcess, num_steps: int) -> Array:
     return jnp.linspace(jnp.sqrt(process.t_max), 0.0, num_steps + 1) ** 2
 
 
-def cosine_times(process: GaussianProcess, num_steps: int, *, sigma_data: float = 1.0) -> Array:
+def cosine_times(
+    process: GaussianProcess, num_steps: int, *, sigma_data: float = 1.0
+) -> Float[Array, "{num_steps}+1"]:
     """Times uniform in the angle arctan(k / sigma_data), k = sigma / alpha, from t_max to 0.
 
     With sigma_data = 1 and a variance-preserving process the angle is that of the cosine
@@ -167,7 +173,7 @@ def cosine_times(process: GaussianProcess, num_steps: int, *, sigma_data: float 
     return times.at[0].set(ends[0]).at[-1].set(0.0)
 
 
-def shifted_times(times: ArrayLike, shift: float) -> Array:
+def shifted_times(times: ArrayLike, shift: float) -> Float[Array, "points"]:
     """t -> shift t / (1 + (shift - 1) t): more steps at high noise for shift > 1.
 
     For `RectifiedFlow` this multiplies every noise level sigma / alpha by `shift`, as suits data
@@ -191,7 +197,9 @@ def shifted_times(times: ArrayLike, shift: float) -> Array:
     return shift * times / (1 - times + shift * times)
 
 
-def interpolate_times(process: GaussianProcess, times: ArrayLike, num_steps: int) -> Array:
+def interpolate_times(
+    process: GaussianProcess, times: ArrayLike, num_steps: int
+) -> Float[Array, "{num_steps}+1"]:
     """A grid resampled to another number of steps: log k is linear in between, k = sigma / alpha.
 
     Args:

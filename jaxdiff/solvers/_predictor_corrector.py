@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff._checks import check_count, check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.solvers._ancestral import Ancestral
 from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._wrapper import SolverWrapper
@@ -44,7 +44,7 @@ class PredictorCorrector(SolverWrapper):
 
     base: DiffusionSolver = Ancestral()
     num_corrections: int = eqx.field(default=1, static=True)
-    snr: float = number(0.16)
+    snr: Number = number(0.16)
 
     def __check_init__(self):
         check_count("num_corrections", self.num_corrections, least=0)

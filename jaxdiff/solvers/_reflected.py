@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import derivative, number
+from jaxdiff._tree import Number, derivative, number
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._wrapper import SolverWrapper
@@ -34,7 +34,7 @@ _PERIODS = 3
 _EIGENFUNCTIONS = 12
 
 
-def reflect(x: Array, low: float = -1.0, high: float = 1.0) -> Array:
+def reflect(x: Array, low: Number = -1.0, high: Number = 1.0) -> Array:
     """Fold the line onto [low, high], as often as it takes: elementwise, exact inside.
 
     low + min(u, 2 w - u) with u = (x - low) mod 2 w and w = high - low. Brownian motion plus
@@ -58,7 +58,12 @@ def reflect(x: Array, low: float = -1.0, high: float = 1.0) -> Array:
 
 
 def reflected_marginal(
-    process: GaussianProcess, x0: Array, eps: Array, t: Array, low: float = -1.0, high: float = 1.0
+    process: GaussianProcess,
+    x0: Array,
+    eps: Array,
+    t: Array,
+    low: Number = -1.0,
+    high: Number = 1.0,
 ) -> Array:
     """x_t = alpha reflect(x0 + (sigma / alpha) eps): `GaussianProcess.marginal` inside a box.
 
@@ -97,7 +102,7 @@ def _log_series(z: Array, z0: Array, k: Array) -> Array:
 
 
 def reflected_log_kernel(
-    y: Array, x0: Array, k: Array, low: float = -1.0, high: float = 1.0
+    y: Array, x0: Array, k: Array, low: Number = -1.0, high: Number = 1.0
 ) -> Array:
     """log p(y | x0) of one coordinate of y = reflect(x0 + k n), elementwise.
 
@@ -128,7 +133,7 @@ def reflected_log_kernel(
 
 
 def reflected_kernel_score(
-    y: Array, x0: Array, k: Array, low: float = -1.0, high: float = 1.0
+    y: Array, x0: Array, k: Array, low: Number = -1.0, high: Number = 1.0
 ) -> Array:
     """The score of the reflected heat kernel, d log p(y | x0) / dy, elementwise.
 
@@ -180,8 +185,8 @@ class Reflected(SolverWrapper):
     """
 
     base: DiffusionSolver
-    low: float = number(-1.0)
-    high: float = number(1.0)
+    low: Number = number(-1.0)
+    high: Number = number(1.0)
 
     def __check_init__(self):
         remedy = "Use the range of the data, e.g. low=-1, high=1."

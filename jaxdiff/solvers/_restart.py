@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_count, check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
 from jaxdiff.solvers._edm_heun import EDMHeun
 from jaxdiff.solvers._grids import karras_times
@@ -32,8 +32,8 @@ class RestartInterval(eqx.Module):
         ValueError: for levels in the wrong order, or counts below one.
     """
 
-    k_low: float = number(0.06)
-    k_high: float = number(0.3)
+    k_low: Number = number(0.06)
+    k_high: Number = number(0.3)
     num_steps: int = eqx.field(default=2, static=True)
     num_restarts: int = eqx.field(default=2, static=True)
 
@@ -74,7 +74,7 @@ class Restart(SolverWrapper):
 
     base: DiffusionSolver = EDMHeun()
     intervals: tuple[RestartInterval, ...] = (RestartInterval(),)
-    noise: float = number(1.0)
+    noise: Number = number(1.0)
 
     inserts_steps: ClassVar[bool] = True
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.solvers._base import Problem
 from jaxdiff.solvers._fixed_point import ImplicitInversion, implicit_map
 from jaxdiff.stepwise import Step
@@ -44,7 +44,7 @@ class RNRI(ImplicitInversion):
     """
 
     num_iterations: int = eqx.field(default=3, static=True)
-    weight: float = number(0.1)
+    weight: Number = number(0.1)
 
     def __check_init__(self):
         check_number("weight", self.weight, least=0.0, instead="Take 0.0 for no prior.")

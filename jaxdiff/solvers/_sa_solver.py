@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.predictions import X0, Prediction
 from jaxdiff.solvers._base import Problem
 from jaxdiff.solvers._exponential import moments
@@ -52,9 +52,9 @@ class SASolver(Multistep):
 
     predictor_order: int = eqx.field(default=3, static=True)
     corrector_order: int = eqx.field(default=4, static=True)
-    tau: float = number(1.0)
-    t_low: float = number(0.0)
-    t_high: float = number(float("inf"))
+    tau: Number = number(1.0)
+    t_low: Number = number(0.0)
+    t_high: Number = number(float("inf"))
     few_step: bool = eqx.field(default=False, static=True)
     lower_order_final: bool | None = eqx.field(default=None, static=True)
 

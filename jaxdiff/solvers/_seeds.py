@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.predictions import X0, Prediction
 from jaxdiff.solvers._multistep import check_order
 from jaxdiff.solvers._singlestep import (
@@ -39,7 +39,7 @@ class SEEDS(Singlestep):
     """
 
     order: int = eqx.field(default=2, static=True)  # type: ignore[assignment]
-    eta: float = number(1.0)
+    eta: Number = number(1.0)
     r1: float | None = eqx.field(default=None, static=True)
     r2: float = eqx.field(default=2 / 3, static=True)
 

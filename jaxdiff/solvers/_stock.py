@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import is_known, number
+from jaxdiff._tree import Number, is_known, number
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import DiffusionSolver, Problem, is_silent
 from jaxdiff.solvers._brownian import AREAS, AdditiveNoise, GridNoise
@@ -57,7 +57,7 @@ class ReverseSDE(eqx.Module):
     """
 
     solver: diffrax.AbstractSolver
-    eta: float = number(1.0)
+    eta: Number = number(1.0)
 
     def __check_init__(self):
         check_number("eta", self.eta, least=0.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_count, check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Preconditioning, TimeLabel
 from jaxdiff.processes import GaussianProcess
 
@@ -40,7 +40,7 @@ class SharedTimes(Preconditioning):
     """
 
     base: Preconditioning = TimeLabel()
-    threshold: float = number(0.1)
+    threshold: Number = number(0.1)
     num_intervals: int = eqx.field(static=True, default=5)
 
     def __check_init__(self):

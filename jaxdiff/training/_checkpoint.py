@@ -22,6 +22,8 @@ from jaxtyping import PyTree
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
+# Counts the changes of how networks and training states arrange their arrays.
+LAYOUT = 2
 
 
 class CheckpointError(OSError):
@@ -117,6 +119,7 @@ class CheckpointStore:
             "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
             "data_state": data_state,
             "config": config,
+            "layout": LAYOUT,
             "versions": _versions(),
         }
         args = ocp.args.Composite(
@@ -192,8 +195,9 @@ class CheckpointStore:
             `(state, data_state, config)`, or None if there is no checkpoint.
 
         Raises:
-            ValueError: if the checkpoint is of another model, naming the first difference; or
-                if there are checkpoints and all are damaged.
+            ValueError: if the checkpoint is of another model, naming the first difference; if it
+                is of a version with another layout; or if there are checkpoints and all are
+                damaged.
         """
         step = self._newest()
         return None if step is None else self._restore(step, template, partial)
@@ -225,6 +229,12 @@ class CheckpointStore:
 
     def _restore(self, step: int, template: PyTree, partial: bool):
         meta = self._load_meta(step)
+        if meta.get("layout") != LAYOUT:
+            raise ValueError(
+                f"Checkpoint {step} in {self.directory} was written by jaxdiff "
+                f"{meta['versions']['jaxdiff']}, whose networks and training states are laid out "
+                "differently. Train again, or go on with that version."
+            )
         wanted, stored = _named_leaves(template), meta["leaves"]
         _check_leaves(wanted, stored, self.directory / str(step), partial)
         # A list with a placeholder for each array that is not wanted.

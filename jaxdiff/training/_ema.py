@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 
 
 class EMA(eqx.Module):
@@ -55,7 +55,7 @@ class ConstantEMA(EMA):
     arXiv 2006.11239, appendix B (0.9999); the warm-up is TensorFlow's.
     """
 
-    decay: float = number(0.9999)
+    decay: Number = number(0.9999)
 
     def __check_init__(self):
         check_number("decay", self.decay, least=0.0, below=1.0)
@@ -81,6 +81,10 @@ class PowerEMA(EMA):
     sigma_rels: tuple[float, ...] = eqx.field(static=True, default=(0.05, 0.10))
 
     def __check_init__(self):
+        if not isinstance(self.sigma_rels, tuple):
+            raise TypeError(
+                f"`sigma_rels` must be a tuple, got {self.sigma_rels!r}. Pass (0.05, 0.1), say."
+            )
         for width in self.sigma_rels:
             sigma_rel_to_gamma(width)
 

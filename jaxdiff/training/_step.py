@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_count, check_key, check_number
-from jaxdiff._tree import number, traced_floats
+from jaxdiff._tree import Number, number, traced_floats
 from jaxdiff.training._ema import EMA
 
 # The key that players share is folded in here, far from their numbers.
@@ -154,7 +154,7 @@ class Follow(eqx.Module):
     """
 
     player: str = eqx.field(static=True)
-    decay: float = number(0.0)
+    decay: Number = number(0.0)
     part: Callable[[PyTree], PyTree] = eqx.field(static=True, default=_network)
 
     def __check_init__(self):

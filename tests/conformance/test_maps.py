@@ -18,7 +18,8 @@ from jaxdiff.stepwise import at_step, init_notes
 
 KEY = jax.random.key(0)
 COUNT, STEPS = 3, 5
-SOLVERS = (solvers.DDIM(), solvers.EDMHeun(), solvers.UniPC(2))
+# Beside DDIM.
+SOLVERS = (solvers.EDMHeun(), solvers.UniPC(2))
 
 
 class Weaker(jaxdiff.Denoiser):
@@ -152,15 +153,15 @@ def test_with_three_solvers_and_two_other_maps(x64, name):
     @jax.jit
     def final(plain, inside, outside_):
         alone = [run(name, plain, solver) for solver in SOLVERS]
-        return alone, run(name, inside, SOLVERS[1]), run(name, outside_, SOLVERS[2])
+        return alone, run(name, inside, SOLVERS[0]), run(name, outside_, SOLVERS[1])
 
     alone, inside, around = final(plain, inside, outside_)
     assert all(np.all(np.isfinite(out.x)) for out in alone)
     assert not np.allclose(alone[0].x, alone[1].x)
-    np.testing.assert_allclose(inside.x, alone[1].x, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(inside.nfe, alone[1].nfe)
-    np.testing.assert_allclose(around.x, alone[2].x, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(around.nfe, 2 * alone[2].nfe)
+    np.testing.assert_allclose(inside.x, alone[0].x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(inside.nfe, alone[0].nfe)
+    np.testing.assert_allclose(around.x, alone[1].x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(around.nfe, 2 * alone[1].nfe)
 
 
 @each_map

@@ -75,7 +75,7 @@ def test_local_basis_of_a_linear_encoder(x64):
     values, right = np.linalg.svd(denoiser.network.encoder)[1:]
     guided = guidance.ClassifierFree(denoiser, null_cond=0, scale=2.0)
     for model in (denoiser, guided):
-        basis = local_basis(KEY, model, x, 0.3, 4, method=TIGHT)
+        basis = local_basis(KEY, model, x, 0.3, 4, cond=1, method=TIGHT)
         np.testing.assert_allclose(basis.values, values[:4], rtol=1e-10)
         np.testing.assert_allclose(np.abs(basis.right @ right[:4].T), np.eye(4), atol=1e-8)
 

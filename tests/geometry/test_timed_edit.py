@@ -107,8 +107,9 @@ def test_edits_and_features_find_the_network_inside(x64):
     timed = EditedBetween(Clipped(base), edited, 0.5, 1.0)
     assert find_network(timed) is base
     x, low, high = jnp.linspace(-0.1, 0.1, 4), jnp.asarray(0.2), jnp.asarray(0.7)
-    feature = TapFeature(timed, high)(x)
-    np.testing.assert_allclose(feature, base.network.encoder @ x, rtol=1e-12)
+    for t, offset in ((low, 0), (high, 1)):  # what is read is what is used
+        feature = TapFeature(timed, t)(x)
+        np.testing.assert_allclose(feature, base.network.encoder @ x + offset, rtol=1e-12)
     moved = edit_taps(timed, {"mid": Offset(jnp.full(3, 2.0))})
     other = edit_taps(base, {"mid": Offset(jnp.full(3, 2.0))})
     both = edit_taps(base, {"mid": Offset(jnp.full(3, 3.0))})

@@ -35,6 +35,7 @@ def test_the_error_is_the_spread_of_the_estimate():
         (jnp.zeros((4, 3)), jnp.zeros(4), r"must be integers, got dtype float32"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_errors(logits, labels, message):
     with pytest.raises(ValueError, match=message):
         accuracy(logits, labels)

@@ -92,6 +92,7 @@ def test_gradient(x64, n, m):
     assert_allclose(slope, difference, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_errors():
     x = jnp.zeros((5, 3))
     with pytest.raises(ValueError, match=r"`y` must hold at least 2 samples.*\(1, 3\)"):

@@ -147,6 +147,7 @@ def test_the_bandwidth_is_a_leaf_and_the_gradient_is_finite():
     assert jnp.isfinite(jax.grad(lambda x: mmd2_unbiased(x, y, RBF(1.0)))(x)).all()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_errors():
     x = jnp.zeros((5, 3))
     with pytest.raises(ValueError, match=r"`x` must hold at least 2 samples"):

@@ -86,6 +86,7 @@ def test_gradient_matches_differences_and_is_zero_at_zero(x64):
     assert (at_zero == 0).all()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_errors():
     x = jnp.zeros((5, 3))
     with pytest.raises(TypeError, match="typed PRNG key"):

@@ -64,6 +64,7 @@ def test_grids_have_the_levels_of_the_reference_schedulers(x64):
     assert len(compared) == 5
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_tables_and_spacings_are_refused():
     process = tabulated()
     for match, call in [

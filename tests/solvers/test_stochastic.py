@@ -1,5 +1,7 @@
 """Stochastic solvers against exact moments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,18 @@ STOCHASTIC = {
 }
 
 
+@jax.jit
+def components(oracle, x):
+    return jax.vmap(lambda x: jnp.argmax(oracle._components(x, jnp.float32(0.01))[0]))(x)
+
+
+@functools.cache
+def exactly(process):
+    oracle = mixture(PROCESSES[process](), jnp.float32)
+    x = jax.jit(jax.vmap(oracle.sample_data))(jax.random.split(jax.random.key(4), 200_000))
+    return x, components(oracle, x)
+
+
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("process", ["VP", "EDM"])
 def test_samples_of_a_mixture_have_its_weights_means_and_covariances(name, process):
@@ -26,9 +40,7 @@ def test_samples_of_a_mixture_have_its_weights_means_and_covariances(name, proce
     times = solvers.karras_times(oracle.process, steps)
     count = 20_000
     x = jaxdiff.sample(jax.random.key(3), oracle, (2,), count, solver=solver, times=times).x
-    component = jax.vmap(lambda x: jnp.argmax(oracle._components(x, jnp.float32(0.01))[0]))(x)
-    exact = jax.vmap(oracle.sample_data)(jax.random.split(jax.random.key(4), 200_000))
-    label = jax.vmap(lambda x: jnp.argmax(oracle._components(x, jnp.float32(0.01))[0]))(exact)
+    component, (exact, label) = components(oracle, x), exactly(process)
     for k in range(3):
         mine, theirs = np.asarray(x[component == k]), np.asarray(exact[label == k])
         weight = len(theirs) / len(exact)

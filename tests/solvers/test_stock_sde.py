@@ -1,5 +1,7 @@
 """Stock SDE solvers on the additive-noise form: strong orders, laws, and adaptive steps."""
 
+import functools
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -25,16 +27,24 @@ def solve(solver, steps, oracle, x):
     )
 
 
+def problem():
+    return gaussian(processes.VP()), jax.random.normal(jax.random.key(1), (64, 3))
+
+
+@functools.cache
+def finely(stock):
+    return solve(solvers.ReverseSDE(stock()), 1024, *problem()).x
+
+
 @pytest.mark.parametrize(
     ("stock", "order"),
     [(diffrax.Euler(), 1), (SRK["SEA"], 1), (SRK["ShARK"], 1.5), (SRK["SRA1"], 1.5)],
 )
 def test_strong_order_on_one_brownian_path(x64, stock, order):
-    oracle = gaussian(processes.VP())
-    x = jax.random.normal(jax.random.key(1), (64, 3))
+    oracle, x = problem()
     # A tree of increments alone is another path than one with Levy areas.
     finest = stock if isinstance(stock, diffrax.Euler) else SRK["ShARK"]
-    reference = solve(solvers.ReverseSDE(finest), 1024, oracle, x).x
+    reference = finely(type(finest))
     errors = [
         np.sqrt(np.mean((solve(solvers.ReverseSDE(stock), n, oracle, x).x - reference) ** 2))
         for n in (64, 128)

@@ -135,6 +135,18 @@ def test_another_model_is_named_and_not_skipped(tmp_path, players):
         store.restore_latest(init_train_state(other, jax.random.key(1)).unpack())
 
 
+def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path, players, monkeypatch):
+    store, state = CheckpointStore(tmp_path), init_train_state(players, jax.random.key(0))
+    with monkeypatch.context() as earlier:
+        earlier.setattr("jaxdiff.training._checkpoint.LAYOUT", 1)
+        store.save(state, step=1)
+    with pytest.raises(
+        ValueError, match=r"written by jaxdiff 0\.\d.*laid out differently"
+    ) as error:
+        store.restore_latest(state)
+    assert "\n" not in str(error.value)
+
+
 def test_leftovers_of_a_kill_are_harmless(tmp_path, players, step):
     store, _, state = three_checkpoints(tmp_path / "c", players, step)
     (tmp_path / "c" / "4.orbax-checkpoint-tmp-0").mkdir()

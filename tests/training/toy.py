@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdiff._tree import number
+from jaxdiff._tree import Number, number
 
 
 class Model(eqx.Module):
     network: nnx.Linear
-    schedule: float = number(0.1)  # must never learn
+    schedule: Number = number(0.1)  # must never learn
 
 
 def make_model(seed=0, size=3):
@@ -20,7 +20,7 @@ def make_model(seed=0, size=3):
 class Regression(eqx.Module):
     """Mean squared error of the linear map, with noise drawn from the key."""
 
-    weight: float = number(1.0)
+    weight: Number = number(1.0)
 
     def __call__(self, model, key, batch, frozen):
         noise = 0.1 * jax.random.normal(key, batch["x"].shape)
