@@ -1,9 +1,11 @@
 """What every entry point checks of its arguments, where their values are known."""
 
+import dataclasses
 import math
 import operator
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,28 @@ def check_cond(cond: PyTree, num_samples: int) -> None:
                 f"`cond{where}` must have a leading axis of one entry per example, {num_samples}, "
                 f"got shape {jnp.shape(leaf)}. Repeat a shared condition with jnp.broadcast_to."
             )
+
+
+def check_scalars(*trees: PyTree) -> None:
+    """Reject numbers of denoisers and solvers that are arrays, and would be broadcast over x.
+
+    Raises:
+        ValueError: naming the field.
+    """
+
+    def visit(node):
+        if not isinstance(node, eqx.Module):
+            return False
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name, None)
+            if field.metadata.get("number") and eqx.is_array(value) and value.ndim:
+                raise ValueError(
+                    f"`{field.name}` of {type(node).__name__} must be a scalar, got shape "
+                    f"{value.shape}. Sweep it by jax.vmap, one scalar at a time."
+                )
+        return False
+
+    jax.tree.leaves(trees, is_leaf=visit)
 
 
 def check_finite(x: Array) -> None:

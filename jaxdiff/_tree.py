@@ -106,12 +106,13 @@ def derivative(fn: Callable[[Array], Array], t: Array) -> Array:
     return jax.jvp(fn, (t,), (jnp.ones_like(t),))[1]
 
 
-def root(x: Array) -> Array:
+def root(x: Array | float) -> Array:
     """sqrt(max(x, 0)), whose derivative where x <= 0 is 0 and not infinite or NaN.
 
     For variances that are exactly zero, and remain so when their parameters move, at ends of
     grids and where noise is off.
     """
+    x = jnp.asarray(x)
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 

@@ -120,6 +120,13 @@ def null_where(drop: Array, cond: PyTree, null_cond: PyTree) -> PyTree:
         )
 
     def choose(null, value):
+        kinds = [jnp.issubdtype(jnp.result_type(leaf), jnp.integer) for leaf in (null, value)]
+        if kinds == [False, True]:
+            raise ValueError(
+                "`null_cond` must be of integers where the condition is, got "
+                f"{jnp.result_type(null)}. A class that means none is a number of its own, such as "
+                "the number of classes."
+            )
         null = jnp.broadcast_to(jnp.asarray(null, jnp.result_type(value)), jnp.shape(value))
         return jnp.where(drop, null, value)
 

@@ -3,7 +3,7 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -110,6 +110,31 @@ class Denoiser(eqx.Module):
     ) -> Array:
         """The denoiser's answer in another parameterisation, e.g. `predict(Score(), x, t)`."""
         return prediction.from_x0(self.process, x, t, self(x, t, cond, key=key))
+
+
+def check_estimate(denoiser: Any, found: Any, x: Array) -> None:
+    """Reject estimates that are not of the form of x, and would be broadcast.
+
+    Raises:
+        TypeError: for anything but an `Estimate`.
+        ValueError: for an x0 or eps of another shape, or not of floats.
+    """
+    name = type(denoiser).__name__
+    if not isinstance(found, Estimate):
+        raise TypeError(
+            f"`estimate` of {name} must return an Estimate, got {type(found).__name__}. Return "
+            "found.replace(x0=...) of what the map calls, or Estimate(x0)."
+        )
+    for part in ("x0", "eps"):
+        value = getattr(found, part)
+        if value is None and part == "eps":
+            continue
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        if shape != x.shape or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"`{part}` of {name} must be floats of the shape of x, {x.shape}, got {dtype} of "
+                f"shape {shape}."
+            )
 
 
 def check_denoiser(denoiser: object, argument: str = "denoiser") -> None:

@@ -105,13 +105,26 @@ class GaussianMixture(Denoiser):
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`."""
-        check_labels(as_entries(cond).get(LABEL), self.num_classes)
+        label = as_entries(cond).get(LABEL)
+        check_labels(label, self.num_classes)
+        if label is not None and is_known(label) and is_known(self.labels):
+            empty = set(range(self.num_classes)) - set(np.asarray(self.labels).tolist())
+            if missing := empty & set(np.ravel(np.asarray(label)).tolist()):
+                raise ValueError(
+                    f"The mixture has no component of class {min(missing)}. Pass one of "
+                    f"{sorted(set(np.asarray(self.labels).tolist()))}."
+                )
 
     def _log_prior(self, cond: PyTree) -> Array:
         """log p(k | cond), `(K,)`."""
         label = check_taken(cond, (LABEL,), "a closed-form denoiser").get(LABEL)
         if label is None:
             return self.log_weights
+        if jnp.ndim(label) or not jnp.issubdtype(jnp.result_type(label), jnp.integer):
+            raise ValueError(
+                "A closed-form denoiser takes an integer class for each example, got "
+                f"{jnp.result_type(label)} of shape {jnp.shape(label)}. Pass its number."
+            )
         check_labels(label, self.num_classes)
         member = (self.labels == label) | (label < 0) | (label >= self.num_classes)
         masked = jnp.where(member, self.log_weights, -jnp.inf)

@@ -7,9 +7,17 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_batch_size, check_cond, check_count, check_finite, check_key
+from jaxdiff._checks import (
+    check_batch_size,
+    check_cond,
+    check_count,
+    check_finite,
+    check_key,
+    check_scalars,
+)
 from jaxdiff._tree import as_float_array, chunked, is_known, jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.flow_map import FlowMap
@@ -274,6 +282,22 @@ def _check_last_k(last_k, times) -> None:
         )
 
 
+def _check_saved(saveat: diffrax.SaveAt | None, times: Array) -> None:
+    """Reject times to save at that the grid does not reach, where they are known."""
+    if saveat is None or saveat.subs.ts is None:
+        return
+    if not (is_known(saveat.subs.ts) and is_known(times)):
+        return
+    wanted, grid = np.asarray(saveat.subs.ts), np.asarray(times)
+    low, high = grid.min(-1).max(), grid.max(-1).min()
+    outside = wanted[(wanted < low - 1e-6 * high) | (wanted > high * (1 + 1e-6))]
+    if outside.size:
+        raise ValueError(
+            f"`saveat.ts` must lie on the grid, between {low:g} and {high:g}, got {outside[0]:g}. "
+            "Save within the times that are integrated."
+        )
+
+
 def _check_options(model, times, num_samples, batch_size, options: _Options) -> None:
     """Reject options that do not go together."""
     solver, controller, _, saveat, last_k = options
@@ -386,6 +410,7 @@ def sample(
     num_samples = check_count("num_samples", num_samples)
     check_cond(cond, num_samples)
     denoiser.check_cond(cond)
+    check_scalars(denoiser, solver)
     options = _Options(solver, stepsize_controller, adjoint, saveat, last_k)
     _check_options(denoiser, times, num_samples, batch_size, options)
     if isinstance(solver, PopulationSolver) and is_known(first_index) and first_index % solver.size:
@@ -395,6 +420,7 @@ def sample(
         )
     times = _resolve(denoiser, times, solver, num_samples)
     _check_last_k(last_k, times)
+    _check_saved(saveat, times)
     indices = first_index + jnp.arange(num_samples)
     if sharding is not None:
         indices, cond = jax.device_put((indices, cond), sharding)
@@ -494,7 +520,9 @@ def denoise(
             that of `sample` with the same key nor that of another piece. A number k draws that of
             `sample` from its step k on: with 0, from the start that `sample` draws, the same
             samples come out, and with the number of steps already made, a run in pieces is the
-            whole run. It may be traced.
+            whole run, of solvers whose step depends on its own two times alone. Multistep methods
+            begin each piece at first order, those that lower their order at the end lower it at
+            the end of each, and EDMHeun's churn counts the steps of the piece. It may be traced.
         cond: as in `sample`.
         solver: as in `sample`.
         times: as in `sample`.
@@ -532,9 +560,11 @@ def _run(
     _check_options(model, times, count, batch_size, options)
     check_cond(cond, count)
     model.check_cond(cond)
+    check_scalars(model, solver)
     check_finite(x)
     times = _resolve(model, times, solver, count, increasing=direction == 1)
     _check_last_k(options.last_k, times)
+    _check_saved(options.saveat, times)
     if isinstance(solver, DiffusionSolver):
         solver.check_start(model.process, times, memory)
     return _continue(

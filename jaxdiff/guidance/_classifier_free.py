@@ -36,6 +36,16 @@ class ClassifierFree(DenoiserMap):
 
     def __check_init__(self):
         check_number("scale", self.scale)
+        if self.null_cond is None:
+            raise ValueError(
+                "`null_cond` must be the condition that means none, got None. Pass e.g. the "
+                "number of classes, as in training."
+            )
+
+    def check_cond(self, cond: PyTree) -> None:
+        """See `Denoiser`; the null condition too."""
+        super().check_cond(cond)
+        super().check_cond(self.null_cond)
 
     @property
     def evaluations(self) -> Array | int:

@@ -101,6 +101,7 @@ class DenoisingLoss(eqx.Module):
             The scalar loss, and `{"x0_mse": mean error}`.
         """
         check_denoiser(denoiser)
+        denoiser.check_cond(self.null_cond)
 
         def one(key, u, x0, cond):
             t = self.time_law.quantile(denoiser.process, u)

@@ -146,6 +146,7 @@ class HybridLoss(eqx.Module):
     ) -> tuple[Array, dict[str, Array]]:
         """Mean loss of a batch, as `DenoisingLoss`; metrics "simple" and "vlb"."""
         check_denoiser(denoiser)
+        denoiser.check_cond(self.null_cond)
 
         def one(key, u, x0, cond):
             index = 1 + jnp.minimum((u * self.num_steps).astype(jnp.int32), self.num_steps - 1)

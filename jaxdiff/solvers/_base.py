@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import is_known
-from jaxdiff.denoiser import Denoiser, Estimate, check_denoiser
+from jaxdiff.denoiser import Denoiser, Estimate, check_denoiser, check_estimate
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._times import bounded_times
 from jaxdiff.stepwise import Step, at_step, check_remembered, init_notes, noted
@@ -98,6 +98,7 @@ class Problem(eqx.Module):
     def estimate(self, x: Array, t: Array) -> Estimate:
         """The denoiser's estimate at (x, t): one evaluation."""
         found = self.denoiser.estimate(x, t, self.cond)
+        check_estimate(self.denoiser, found, x)
         check_remembered(self.denoiser, noted(self.denoiser), found.notes, "the solver")
         return found
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import Number, number
+from jaxdiff._tree import Number, number, root
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
@@ -62,7 +62,7 @@ class FlowMapSteps(DiffusionSolver):
         process, s = problem.process, problem.times[1:]
         if self.gamma is None:
             return s
-        level = jnp.sqrt(1 - self.gamma**2) * process.sigma(s) / process.alpha(s)
+        level = root(1 - self.gamma**2) * process.sigma(s) / process.alpha(s)
         inside = process.unbounded_time(-2 * jnp.log(jnp.where(level > 0, level, 1.0)))
         return jnp.where(level > 0, inside, 0.0)
 

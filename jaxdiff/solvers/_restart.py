@@ -22,8 +22,8 @@ class RestartInterval(eqx.Module):
     """A range of noise levels to go through again.
 
     Args:
-        k_low: its lowest noise level sigma / alpha, > 0; moved to the nearest level of the grid,
-            and if that is not below `k_high`, the interval is left out.
+        k_low: its lowest noise level sigma / alpha, > 0; moved to the nearest level of the grid
+            that is not 0, and if that is not below `k_high`, the interval is left out.
         k_high: its highest noise level, > k_low.
         num_steps: steps of one pass, >= 1.
         num_restarts: passes, >= 1.
@@ -90,6 +90,8 @@ class Restart(SolverWrapper):
         """For each interval, whether a step ends at its lower end."""
         process, ends = problem.process, problem.times[1:]
         levels = jnp.exp(-process.log_snr(jnp.maximum(ends, process.t_min)) / 2)
+        # A pass ends at a level that steps in the noise level can reach.
+        levels = jnp.where(ends < process.t_min, jnp.inf, levels)
 
         def starts(interval: RestartInterval) -> Array:
             nearest = jnp.argmin(jnp.abs(levels - interval.k_low))

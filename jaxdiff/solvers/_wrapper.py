@@ -38,7 +38,8 @@ class SolverWrapper(DiffusionSolver):
 
     base: eqx.AbstractVar[DiffusionSolver]
 
-    # Whether steps are inserted, of which a base with a memory would not know.
+    # Whether steps are inserted, of which a base with a memory would not know; refused when the
+    # wrapper is made, and not only when it inserts them.
     inserts_steps: ClassVar[bool] = False
 
     def __check_init__(self):
@@ -47,7 +48,11 @@ class SolverWrapper(DiffusionSolver):
                 f"`base` of {type(self).__name__} must move examples by themselves, got "
                 f"{type(self.base).__name__}. Put the population around the wrapper instead."
             )
-        if self.inserts_steps and self.base.has_memory:
+        if self.inserts_steps:
+            self._check_single_steps()
+
+    def _check_single_steps(self):
+        if self.base.has_memory:
             raise ValueError(
                 f"`base` of {type(self).__name__} must be a solver of single steps, got "
                 f"{type(self.base).__name__}, which remembers earlier ones. Use e.g. DPMSolver."
@@ -110,7 +115,11 @@ class SolverWrapper(DiffusionSolver):
             problem: the wrapper's.
             x: the state at `step.t`.
             step: the wrapper's, with a fresh key and the notes to go on from.
+
+        Raises:
+            ValueError: for a base with a memory, which would take a changed past for its own.
         """
+        self._check_single_steps()
         step = dataclasses.replace(step, plan=step.plan.base)
         return self.base.take(_with_plan(problem, problem.plan.base), x, step)
 
@@ -123,7 +132,11 @@ class SolverWrapper(DiffusionSolver):
             times: the inner grid, `(n + 1,)`.
             step: the wrapper's, with a key of which step i takes `fold_in(key, i)`, and the notes
                 to go on from.
+
+        Raises:
+            ValueError: for a base with a memory, as of `repeat_base`.
         """
+        self._check_single_steps()
         inner = dataclasses.replace(problem, times=times)
         inner = _with_plan(inner, self.base.plan(inner))
 

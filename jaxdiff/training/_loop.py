@@ -140,10 +140,10 @@ def _cond_checks(state: TrainState) -> list[Callable[[PyTree], None]]:
     return [model.check_cond for model in models if hasattr(model, "check_cond")]
 
 
-def _check_batch(checks: list, batch: PyTree) -> None:
+def _check_batch(checks: list, batch: PyTree, wait: bool) -> None:
     cond = batch.get("cond") if isinstance(batch, dict) else None
-    # On the host alone: arrays on a device would have to be waited for.
-    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(cond)):
+    # Arrays on a device have to be waited for: of those, the first batch's alone.
+    if wait or all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(cond)):
         for check in checks:
             check(cond)
 
@@ -201,14 +201,15 @@ def fit(
         Interrupted: after SIGTERM or SIGINT, once a checkpoint is written.
         NonFiniteLossError: if a metric or weight is NaN or infinite; nothing is saved. Seen when
             a hook or checkpoint is due.
-        ValueError: if the batches end too early, or hold labels that are no class of a model.
+        ValueError: if the batches end too early, or hold labels that are no class of a model; of
+            batches on a device the first is looked at alone.
         CheckpointError: if a checkpoint cannot be written.
     """
     check_count("num_steps", num_steps, least=0)
     check_count("checkpoint_every", checkpoint_every)
     for hook in hooks:
         check_count("every", hook.every, instead="It is the hook's number of steps.")
-    index = int(state.step)
+    index = begun = int(state.step)
     received: list[int] = []
     means_of = _Means(store, check_count("tolerance", tolerance, least=0))
     checks, constants = _cond_checks(state), _placed(constants, state)
@@ -221,7 +222,7 @@ def fit(
     with _signals(received):
         while index < num_steps:
             batch = _next(batches, index, num_steps)
-            _check_batch(checks, batch)
+            _check_batch(checks, batch, index == begun)
             state, metrics = step(state, place(batch), constants)
             index += 1
             history = means_of.history

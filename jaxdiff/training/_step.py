@@ -243,6 +243,11 @@ def next_phase(
         ValueError: for a player that is to go on and has a state of another structure, or one that
             has nothing to learn.
     """
+    if isinstance(fresh, str) or (unknown := set(fresh) - set(players)):
+        raise ValueError(
+            f"`fresh` must name players, of {sorted(players)}, got "
+            f"{fresh if isinstance(fresh, str) else sorted(unknown)!r}. Pass e.g. ('student',)."
+        )
     before, states = state.players, {}
     for name, player in players.items():
         states[name] = _init_player(name, player)
@@ -286,7 +291,7 @@ def _is_key(leaf: Any) -> bool:
 
 def _init_player(name: str, player: Player) -> PlayerState:
     model = traced_floats(player.model)
-    part = _strong(player.trainable(model)) if player.optimizer else player.trainable(model)
+    part = _strong(player.trainable(model))
     model = eqx.tree_at(player.trainable, model, part)
     params = eqx.filter(part, eqx.is_inexact_array)
     if player.optimizer is not None and not jax.tree.leaves(params):
@@ -393,6 +398,17 @@ def _masked(mask: PyTree, new: PyTree, old: PyTree) -> PyTree:
 
 def _metrics_and_state(name: str, state: PlayerState, found: list) -> tuple[dict, PyTree]:
     """What a loss returned beside its value, after checking that its state is what it was."""
+    if not 1 <= len(found) <= 2 or not isinstance(found[0], dict):
+        kinds = ", ".join(["scalar", *(type(part).__name__ for part in found)])
+        raise TypeError(
+            f"The loss of the player {name!r} must return (scalar, metrics), or with a state "
+            f"(scalar, metrics, state), metrics a dict; got ({kinds})."
+        )
+    if taken := sorted({"loss", "grad_norm", "updated"} & set(found[0])):
+        raise ValueError(
+            f"The loss of the player {name!r} names a metric {taken[0]!r}, which the step reports "
+            "itself. Give it another name."
+        )
     if (len(found) > 1) != (state.loss_state is not None):
         raise ValueError(
             f"The loss of the player {name!r} must return its next state third if and only if it "
@@ -420,7 +436,8 @@ def _as_before(name: str, what: str, old: PyTree, new: PyTree) -> PyTree:
     def cast(old, new):
         if not eqx.is_array(old) or _is_key(old):
             return new
-        return jax.lax.convert_element_type(new, old.dtype)
+        # What was not touched keeps its weak type, and the step its one program.
+        return new if new is old else jax.lax.convert_element_type(new, old.dtype)
 
     return jax.tree.map(cast, old, new)
 
@@ -472,6 +489,11 @@ def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
     key = jax.random.fold_in(state.key, state.step)
     shared = jax.random.fold_in(key, _SHARED)
     states: dict[str, PlayerState] = state.players
+    if set(states) != {name for name, _ in rules}:
+        raise ValueError(
+            f"The step trains the players {sorted(name for name, _ in rules)}, got a state of "
+            f"{sorted(states)}. Make the state with the same players, or by next_phase."
+        )
     metrics: dict[str, Array] = {}
     for index, (name, player) in enumerate(rules):
         models = {other: s.model for other, s in states.items() if other != name}

@@ -1,0 +1,181 @@
+"""What would be wrong in silence is one clear error."""
+
+import dataclasses
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import gaussian, mixture
+from flax import nnx
+from outside import Momentum
+
+import jaxdiff
+from jaxdiff import guidance, losses, networks, oracles, processes, solvers
+from jaxdiff.denoiser import Estimate
+from jaxdiff.training import Follow, Player, init_train_state, make_train_step, next_phase
+from jaxdiff.training._step import _run
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return mixture(processes.VP(), jnp.float32)
+
+
+def run(denoiser, count=4, **options):
+    options = {"times": 4} | options
+    return jaxdiff.sample(KEY, denoiser, (2,), count, **options)
+
+
+class Returning(jaxdiff.DenoiserMap):
+    """Whatever it is given, as x0 or as the estimate."""
+
+    base: jaxdiff.Denoiser
+    value: object = None
+    whole: bool = False
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        return self.value if self.whole else Estimate(self.value)
+
+
+@pytest.mark.parametrize("value", [0.0, jnp.zeros(1), jnp.zeros((1, 2)), jnp.zeros(2, int)])
+def test_estimates_are_floats_of_the_shape_of_x(oracle, value):
+    with pytest.raises(ValueError, match=r"`x0` of Returning must be floats of the shape of x"):
+        run(Returning(oracle, value))
+
+
+def test_estimates_are_estimates(oracle):
+    with pytest.raises(TypeError, match="`estimate` of Returning must return an Estimate, got"):
+        run(Returning(oracle, jnp.zeros(2), True))
+
+
+def test_labels_of_closed_forms_are_numbers_of_classes_they_have(oracle):
+    for wrong in (jnp.eye(2, dtype=int)[jnp.zeros(4, int)], jnp.full(4, 0.5), np.ones(4, bool)):
+        with pytest.raises(ValueError, match="takes an integer class for each example, got"):
+            run(oracle, cond=wrong)
+    means, spread = jnp.zeros((2, 2)), jnp.stack([jnp.eye(2)] * 2)
+    sparse = oracles.gaussian_mixture(processes.VP(), means, spread, labels=[0, 2])
+    with pytest.raises(ValueError, match=r"no component of class 1\. Pass one of \[0, 2\]"):
+        run(sparse, cond=jnp.ones(4, int))
+
+
+def test_null_conditions_are_conditions(oracle):
+    label = jnp.zeros(4, int)
+    with pytest.raises(ValueError, match=r"Labels must lie in \[0, 1\], or be 2 for none, got 99"):
+        run(guidance.ClassifierFree(oracle, 99, 2.0), cond=label)
+    with pytest.raises(ValueError, match="must be of integers where the condition is, got float32"):
+        run(guidance.ClassifierFree(oracle, 3.0), cond=label)
+    with pytest.raises(ValueError, match="`null_cond` must be the condition that means none"):
+        guidance.ClassifierFree(oracle, None, 2.0)
+    batch = {"x": jnp.zeros((4, 2)), "cond": label}
+    for loss in (losses.DenoisingLoss(null_cond=99), losses.HybridLoss(null_cond=99)):
+        with pytest.raises(ValueError, match="or be 2 for none, got 99"):
+            loss(oracle, KEY, batch, {})
+
+
+def test_numbers_of_denoisers_and_solvers_are_scalars(oracle):
+    guided = guidance.ClassifierFree(oracle, 2, jnp.asarray([1.0, 5.0]))
+    with pytest.raises(ValueError, match=r"`scale` of ClassifierFree must be a scalar, got .*\(2,"):
+        run(guided, cond=jnp.zeros(4, int))
+    with pytest.raises(ValueError, match="`eta` of DDIM must be a scalar"):
+        run(oracle, solver=solvers.DDIM(jnp.asarray([0.5, 0.5])))
+    # Inside a sweep it is one.
+    sweep = jax.vmap(lambda s: run(dataclasses.replace(guided, scale=s), cond=jnp.zeros(4, int)).x)
+    assert sweep(guided.scale).shape == (2, 4, 2)
+
+
+@pytest.mark.parametrize("t", [2.0, 0.1])
+def test_states_are_saved_where_the_run_was(oracle, t):
+    saveat = diffrax.SaveAt(ts=jnp.asarray([t]))
+    with pytest.raises(ValueError, match=r"`saveat.ts` must lie on the grid, between 0.3 and 1"):
+        run(oracle, times=jnp.asarray([1.0, 0.6, 0.3]), saveat=saveat)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_restarts_of_coarse_grids_begin_above_zero(steps):
+    """Momentum answers in proportion to what the noise level of a pass does to it."""
+    oracle = mixture(processes.VP(), jnp.float32)
+    cond = jnp.zeros(64, int)
+    guided = Momentum(oracle, scale=1.5)
+    plain = run(guided, 64, cond=cond, times=steps, solver=solvers.EDMHeun())
+    again = run(guided, 64, cond=cond, times=steps, solver=solvers.Restart())
+    assert np.abs(again.x).max() < 2 * np.abs(plain.x).max()
+
+
+class Travel(solvers.SolverWrapper):
+    """Each step twice; says nothing of inserted steps."""
+
+    base: solvers.DiffusionSolver
+
+    def update(self, problem, x, step):
+        self.move_base(problem, x, step)
+        return self.repeat_base(problem, x, dataclasses.replace(step, key=step.key))
+
+
+def test_steps_are_not_inserted_into_a_memory(oracle):
+    assert np.all(np.isfinite(run(oracle, solver=Travel(solvers.DDIM())).x))
+    with pytest.raises(ValueError, match="`base` of Travel must be a solver of single steps"):
+        run(oracle, solver=Travel(solvers.UniPC(2)))
+
+
+def test_consistency_steps_have_a_derivative_by_their_noise():
+    flow = oracles.GaussianFlowMap(gaussian(processes.VP(), 2))
+
+    def total(gamma):
+        solver = solvers.FlowMapSteps(gamma)
+        return jaxdiff.sample(KEY, flow, (2,), 4, solver=solver, times=3).x.sum()
+
+    assert np.isfinite(jax.grad(total)(1.0))
+
+
+def scalar(value, loss, **options):
+    options = {"optimizer": optax.sgd(0.5)} | options
+    model = {"network": jnp.asarray(value)}
+    return Player(model, loss, trainable=lambda m: m["network"], **options)
+
+
+def square(model, key, batch, frozen):
+    return model["network"] ** 2, {}
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "match"),
+    [
+        ((), TypeError, r"must return \(scalar, metrics\)"),
+        (({}, None, 3), TypeError, "must return .*got .scalar, dict, NoneType, int"),
+        ((jnp.ones(()),), TypeError, "metrics a dict"),
+        (({"loss": 1.0},), ValueError, "names a metric 'loss', which the step reports itself"),
+    ],
+)
+def test_losses_return_what_a_step_reads(returned, error, match):
+    players = {"a": scalar(1.0, lambda model, *_: (model["network"] ** 2, *returned))}
+    with pytest.raises(error, match=match):
+        make_train_step(players)(init_train_state(players, KEY), 0.0)
+
+
+def test_players_are_those_of_the_state():
+    players = {"a": scalar(1.0, square), "b": scalar(2.0, square)}
+    state = init_train_state(players, KEY)
+    with pytest.raises(ValueError, match=r"trains the players \['a'\], got a state of \['a', 'b'"):
+        make_train_step({"a": players["a"]})(state, 0.0)
+    for wrong in (("modle",), "a"):
+        with pytest.raises(ValueError, match="`fresh` must name players"):
+            next_phase(state, players, fresh=wrong)
+
+
+def test_a_player_that_follows_compiles_one_program():
+    network = networks.MLP(2, hidden=8, num_blocks=1, rngs=nnx.Rngs(0))
+    model = jaxdiff.NetworkDenoiser(network, processes.VP())
+    players = {
+        "student": Player(model, losses.DenoisingLoss(), optax.sgd(0.1)),
+        "target": Player(model, Follow("student", 0.9)),
+    }
+    state, step = init_train_state(players, KEY), make_train_step(players)
+    before = _run._cache_size()
+    for _ in range(3):
+        state, _ = step(state, {"x": jnp.ones((4, 2))})
+    assert _run._cache_size() == before + 1
