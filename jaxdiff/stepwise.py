@@ -91,7 +91,18 @@ class Stepwise(DenoiserMap):
         """The estimate, with what the next step is to find in `step.memory`."""
         if self.slot is None:
             return found
+        expected, given = (_described(tree) for tree in (self.step.memory, memory))
+        if expected != given:
+            raise ValueError(
+                f"What `{type(self).__name__}` remembers must keep the structure, shapes and "
+                f"dtypes that its `init_memory` began with, {expected}, got {given}."
+            )
         return dataclasses.replace(found, notes={**found.notes, self.slot: memory})
+
+
+def _described(memory: PyTree) -> PyTree:
+    """Shapes and dtypes, in the structure."""
+    return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", memory)
 
 
 def stepwise_maps(denoiser: PyTree) -> list[Stepwise]:

@@ -15,7 +15,15 @@ from outside import Momentum
 import jaxdiff
 from jaxdiff import guidance, losses, networks, oracles, processes, solvers
 from jaxdiff.denoiser import Estimate
-from jaxdiff.training import Follow, Player, init_train_state, make_train_step, next_phase
+from jaxdiff.training import (
+    CheckpointStore,
+    Follow,
+    Player,
+    fit,
+    init_train_state,
+    make_train_step,
+    next_phase,
+)
 from jaxdiff.training._step import _run
 
 KEY = jax.random.key(0)
@@ -179,3 +187,71 @@ def test_a_player_that_follows_compiles_one_program():
     for _ in range(3):
         state, _ = step(state, {"x": jnp.ones((4, 2))})
     assert _run._cache_size() == before + 1
+
+
+class Remembers(jaxdiff.Stepwise):
+    """Something that may not be what it began with."""
+
+    base: jaxdiff.Denoiser
+    first: object = None
+    then: object = 0.0
+
+    def init_memory(self, x):
+        return self.first
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        return self.remember(self.base.estimate(x, t, cond, key=key), self.then)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(None, jnp.zeros(2)), (jnp.zeros((), int), jnp.zeros(())), (jnp.zeros(()), jnp.zeros(2))],
+)
+def test_memories_keep_their_form(oracle, first, then):
+    with pytest.raises(ValueError, match="What `Remembers` remembers must keep the structure"):
+        run(Remembers(oracle, first, then))
+
+
+@pytest.mark.parametrize("base", ["ddim", solvers.DDIM, diffrax.Euler()])
+def test_bases_are_solvers(base):
+    for build in (solvers.Restart, solvers.PredictorCorrector):
+        with pytest.raises(TypeError, match="`base` of .* must be a solver of this library, got"):
+            build(base)
+
+
+class Moves(solvers.DiffusionSolver):
+    """A step that returns what it is given."""
+
+    returned: object = None
+
+    @property
+    def stochastic(self):
+        return False
+
+    def update(self, problem, x, step):
+        return self.returned
+
+
+def test_steps_and_solvers_are_what_they_should_be(oracle):
+    with pytest.raises(TypeError, match=r"got the class DDIM\. Pass DDIM\(\)"):
+        run(oracle, solver=solvers.DDIM)
+    with pytest.raises(TypeError, match=r"`update` of Moves must return Moved\(x, memory, nfe"):
+        run(oracle, solver=Moves(jnp.zeros(2)))
+    with pytest.raises(ValueError, match=r"A step of Moves must keep the shape of x, \(2,\), got"):
+        run(oracle, solver=Moves((jnp.zeros(3), None, 1, {})))
+
+
+def test_forgotten_optimisers_and_positions_are_named(tmp_path):
+    players = {"a": scalar(1.0, square, optimizer=None)}
+    with pytest.raises(TypeError, match="has no optimiser, .* Pass `optimizer` to minimise"):
+        make_train_step(players)(init_train_state(players, KEY), 0.0)
+    players = {"a": scalar(1.0, lambda model, *_: (model["network"] * jnp.ones(3), {}))}
+    with pytest.raises(TypeError, match=r"must be a scalar of floats, got float32 of shape \(3,\)"):
+        make_train_step(players)(init_train_state(players, KEY), 0.0)
+    players = {"a": scalar(1.0, lambda model, *_: model["network"] ** 2)}
+    with pytest.raises(TypeError, match=r"must return \(scalar, metrics\).*got \(scalar\)"):
+        make_train_step(players)(init_train_state(players, KEY), 0.0)
+    players = {"a": scalar(1.0, square)}
+    step, state = make_train_step(players), init_train_state(players, KEY)
+    with pytest.raises(TypeError, match="`batches` must have get_state"):
+        fit(step, state, iter([0.0]), num_steps=1, store=CheckpointStore(tmp_path))

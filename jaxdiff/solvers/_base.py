@@ -244,7 +244,18 @@ class DiffusionSolver(diffrax.AbstractSolver):
 
     def take_within(self, problem: Problem, x: Array, step: Step) -> Moved:
         """A step inside another one, whose maps know that one already."""
-        moved = Moved(*self.update(problem, x, step))
+        found = self.update(problem, x, step)
+        if not isinstance(found, tuple) or not 3 <= len(found) <= 4:
+            raise TypeError(
+                f"`update` of {type(self).__name__} must return Moved(x, memory, nfe, notes), got "
+                f"{type(found).__name__}."
+            )
+        moved = Moved(*found)
+        if moved.x.shape != x.shape:
+            raise ValueError(
+                f"A step of {type(self).__name__} must keep the shape of x, {x.shape}, got "
+                f"{moved.x.shape}."
+            )
         check_remembered(problem.denoiser, step.notes, moved.notes, type(self).__name__)
         nfe, notes = jnp.asarray(moved.nfe, jnp.int32), {**step.notes, **moved.notes}
         return Moved(moved.x.astype(x.dtype), moved.memory, nfe, notes)
@@ -395,12 +406,30 @@ def check_noisy_start(solver: type, process: GaussianProcess, times: Array) -> N
         )
 
 
+def check_base(around: DiffusionSolver, base: Any) -> None:
+    """Reject what cannot be the base of another solver.
+
+    Raises:
+        TypeError: for anything but a solver of this library.
+    """
+    if not isinstance(base, DiffusionSolver):
+        got = f"the class {base.__name__}" if isinstance(base, type) else repr(base)
+        raise TypeError(
+            f"`base` of {type(around).__name__} must be a solver of this library, got {got}. Pass "
+            "e.g. DDIM()."
+        )
+
+
 def check_model(solver: Any, model: Any) -> None:
     """Reject a model of another kind than the solver integrates.
 
     Raises:
         TypeError: naming both, and what to use.
     """
+    if isinstance(solver, type):
+        raise TypeError(
+            f"`solver` must be a solver, got the class {solver.__name__}. Pass {solver.__name__}()."
+        )
     wanted = getattr(solver, "model", Denoiser)
     if wanted is Denoiser:
         check_denoiser(model)

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from jaxdiff._checks import check_count
 from jaxdiff.denoiser import Estimate
 from jaxdiff.processes import GaussianProcess
-from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem
+from jaxdiff.solvers._base import DiffusionSolver, Moved, Problem, check_base
 from jaxdiff.solvers._wrapper import check_explicit
 from jaxdiff.stepwise import Step, at_step, check_remembered
 
@@ -42,6 +42,7 @@ class PopulationSolver(DiffusionSolver):
     couples: ClassVar[bool] = True
 
     def __check_init__(self):
+        check_base(self, self.base)
         check_count("size", self.size, instead="A population of 1 is a sampler by itself.")
 
     @property

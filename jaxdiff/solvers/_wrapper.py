@@ -10,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff.denoiser import Estimate
 from jaxdiff.processes import GaussianProcess
-from jaxdiff.solvers._base import DiffusionSolver, ExplicitSolver, Moved, Problem
+from jaxdiff.solvers._base import DiffusionSolver, ExplicitSolver, Moved, Problem, check_base
 from jaxdiff.stepwise import Step
 
 
@@ -43,6 +43,7 @@ class SolverWrapper(DiffusionSolver):
     inserts_steps: ClassVar[bool] = False
 
     def __check_init__(self):
+        check_base(self, self.base)
         if self.base.couples:
             raise TypeError(
                 f"`base` of {type(self).__name__} must move examples by themselves, got "

@@ -209,6 +209,11 @@ def fit(
     check_count("checkpoint_every", checkpoint_every)
     for hook in hooks:
         check_count("every", hook.every, instead="It is the hook's number of steps.")
+    if store is not None and not hasattr(batches, "get_state"):
+        raise TypeError(
+            "`batches` must have get_state, so that a checkpoint can hold its position, got "
+            f"{type(batches).__name__}. Use data.make_loader, or leave `store` out."
+        )
     index = begun = int(state.step)
     received: list[int] = []
     means_of = _Means(store, check_count("tolerance", tolerance, least=0))

@@ -355,7 +355,12 @@ def _update(name: str, player: Player, state: PlayerState, key, batch, frozen):
         return eqx.tree_at(player.trainable, state.model, eqx.combine(params, rest))
 
     if player.optimizer is None:
-        model, *found = player.loss(state.model, *args)
+        model, *found = _returned(name, player.loss(state.model, *args), "model")
+        if eqx.is_array_like(model) and not eqx.is_array_like(state.model):
+            raise TypeError(
+                f"The player {name!r} has no optimiser, and so a rule that returns the next model, "
+                "got a number. Pass `optimizer` to minimise a loss."
+            )
         metrics, loss_state = _metrics_and_state(name, state, found)
         model = _as_before(name, "model", state.model, model)
         moved = eqx.filter(player.trainable(model), eqx.is_inexact_array)
@@ -363,12 +368,18 @@ def _update(name: str, player: Player, state: PlayerState, key, batch, frozen):
         model = eqx.tree_at(player.trainable, model, eqx.combine(moved, player.trainable(model)))
     else:
         if hasattr(player.loss, "gradient"):
-            (value, *found), grads = player.loss.gradient(state.model, *args)
+            result, grads = player.loss.gradient(state.model, *args)
+            value, *found = _returned(name, result)
             grads = eqx.filter(player.trainable(grads), eqx.is_inexact_array)
         else:
 
             def objective(params):
-                value, *found = player.loss(with_weights(params), *args)
+                value, *found = _returned(name, player.loss(with_weights(params), *args))
+                if jnp.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+                    raise TypeError(
+                        f"The loss of the player {name!r} must be a scalar of floats, got "
+                        f"{jnp.result_type(value)} of shape {jnp.shape(value)}. Take its mean."
+                    )
                 return value, found
 
             (value, found), grads = jax.value_and_grad(objective, has_aux=True)(params)
@@ -396,14 +407,20 @@ def _masked(mask: PyTree, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(choose, mask, new, old)
 
 
+def _returned(name: str, result: Any, first: str = "scalar") -> tuple:
+    """What a loss or rule returned, after checking that a step can read it."""
+    parts = result if isinstance(result, tuple) else (result,)
+    if not 2 <= len(parts) <= 3 or not isinstance(parts[1], dict):
+        kinds = ", ".join([first, *(type(part).__name__ for part in parts[1:])])
+        raise TypeError(
+            f"The loss of the player {name!r} must return ({first}, metrics), or with a state "
+            f"({first}, metrics, state), metrics a dict; got ({kinds})."
+        )
+    return parts
+
+
 def _metrics_and_state(name: str, state: PlayerState, found: list) -> tuple[dict, PyTree]:
     """What a loss returned beside its value, after checking that its state is what it was."""
-    if not 1 <= len(found) <= 2 or not isinstance(found[0], dict):
-        kinds = ", ".join(["scalar", *(type(part).__name__ for part in found)])
-        raise TypeError(
-            f"The loss of the player {name!r} must return (scalar, metrics), or with a state "
-            f"(scalar, metrics, state), metrics a dict; got ({kinds})."
-        )
     if taken := sorted({"loss", "grad_norm", "updated"} & set(found[0])):
         raise ValueError(
             f"The loss of the player {name!r} names a metric {taken[0]!r}, which the step reports "
