@@ -51,7 +51,7 @@ def check_cond(cond: PyTree, num_samples: int) -> None:
 
 
 def check_scalars(*trees: PyTree) -> None:
-    """Reject numbers of denoisers and solvers that are arrays, and would be broadcast over x.
+    """Reject numbers of denoisers, solvers and losses that are arrays, and would be broadcast.
 
     Raises:
         ValueError: naming the field.
@@ -62,10 +62,10 @@ def check_scalars(*trees: PyTree) -> None:
             return False
         for field in dataclasses.fields(node):
             value = getattr(node, field.name, None)
-            if field.metadata.get("number") and eqx.is_array(value) and value.ndim:
+            if field.metadata.get("number") and np.ndim(value):
                 raise ValueError(
                     f"`{field.name}` of {type(node).__name__} must be a scalar, got shape "
-                    f"{value.shape}. Sweep it by jax.vmap, one scalar at a time."
+                    f"{np.shape(value)}. Sweep it by jax.vmap, one scalar at a time."
                 )
         return False
 
@@ -103,6 +103,8 @@ def check_count(argument: str, value: Any, *, least: int = 1, instead: str = "")
         ValueError: for one that is too small.
     """
     try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"`{argument}` must be a whole number, got {value!r}. {instead}") from None

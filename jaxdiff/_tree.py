@@ -60,6 +60,10 @@ def as_float_array(value: ArrayLike) -> Array:
     value = jnp.asarray(value)
     if jnp.issubdtype(value.dtype, jnp.floating):
         return value
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"Expected real numbers, got {value.dtype}. Stack real and imaginary parts."
+        )
     return value.astype(jnp.result_type(float))
 
 

@@ -27,6 +27,7 @@ from jaxdiff._checks import (
     check_finite,
     check_key,
     check_number,
+    check_scalars,
 )
 from jaxdiff._tree import as_float_array, as_number, batched, jit
 from jaxdiff.denoiser import Denoiser, check_denoiser
@@ -171,6 +172,7 @@ def log_likelihood(
     check_finite(x)
     check_cond(cond, x.shape[0])
     denoiser.check_cond(cond)
+    check_scalars(denoiser)
     check_batch_size(batch_size)
     times = _resolve(solver, denoiser.process, times, stepsize_controller)
     return _log_likelihood(

@@ -107,12 +107,13 @@ class GaussianMixture(Denoiser):
         """See `Denoiser`."""
         label = as_entries(cond).get(LABEL)
         check_labels(label, self.num_classes)
-        if label is not None and is_known(label) and is_known(self.labels):
-            empty = set(range(self.num_classes)) - set(np.asarray(self.labels).tolist())
-            if missing := empty & set(np.ravel(np.asarray(label)).tolist()):
+        integer = label is not None and jnp.issubdtype(jnp.result_type(label), jnp.integer)
+        if integer and is_known(label) and is_known(self.labels):
+            there = np.unique(np.asarray(self.labels)).tolist()
+            asked = np.unique(np.asarray(label)).tolist()
+            if missing := sorted(set(asked) - {*there, self.num_classes}):
                 raise ValueError(
-                    f"The mixture has no component of class {min(missing)}. Pass one of "
-                    f"{sorted(set(np.asarray(self.labels).tolist()))}."
+                    f"The mixture has no component of class {missing[0]}. Pass one of {there}."
                 )
 
     def _log_prior(self, cond: PyTree) -> Array:

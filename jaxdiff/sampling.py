@@ -411,6 +411,8 @@ def sample(
     check_cond(cond, num_samples)
     denoiser.check_cond(cond)
     check_scalars(denoiser, solver)
+    if is_known(first_index):
+        check_count("first_index", first_index, least=0)
     options = _Options(solver, stepsize_controller, adjoint, saveat, last_k)
     _check_options(denoiser, times, num_samples, batch_size, options)
     if isinstance(solver, PopulationSolver) and is_known(first_index) and first_index % solver.size:

@@ -91,9 +91,27 @@ def test_numbers_of_denoisers_and_solvers_are_scalars(oracle):
         run(guided, cond=jnp.zeros(4, int))
     with pytest.raises(ValueError, match="`eta` of DDIM must be a scalar"):
         run(oracle, solver=solvers.DDIM(jnp.asarray([0.5, 0.5])))
+    with pytest.raises(ValueError, match="`low` of Clipped must be a scalar, got shape"):
+        run(jaxdiff.Clipped(oracle, np.asarray([-1.0, -2.0]), 1.0))
+    with pytest.raises(ValueError, match="`low` of Clipped must be a scalar, got shape"):
+        clipped = jaxdiff.Clipped(oracle, jnp.asarray([-1.0, -2.0]), 1.0)
+        jaxdiff.log_likelihood(clipped, jnp.zeros((1, 2)))
+    weighting = losses.MinSNR(jnp.asarray([1.0, 5.0]))
+    with pytest.raises(ValueError, match="`gamma` of MinSNR must be a scalar"):
+        make_train_step({"a": Player(oracle, losses.DenoisingLoss(weighting), optax.sgd(0.1))})
     # Inside a sweep it is one.
     sweep = jax.vmap(lambda s: run(dataclasses.replace(guided, scale=s), cond=jnp.zeros(4, int)).x)
     assert sweep(guided.scale).shape == (2, 4, 2)
+
+
+def test_counts_are_whole_and_states_are_real(oracle):
+    for wrong in (1.5, -1, True):
+        with pytest.raises((TypeError, ValueError), match="`first_index` must be"):
+            run(oracle, first_index=wrong)
+    with pytest.raises(TypeError, match="`num_samples` must be a whole number, got True"):
+        run(oracle, count=True)
+    with pytest.raises(TypeError, match="Expected real numbers, got complex64"):
+        jaxdiff.denoise(KEY, oracle, jnp.zeros((1, 2), complex), times=2)
 
 
 @pytest.mark.parametrize("t", [2.0, 0.1])

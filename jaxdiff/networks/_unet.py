@@ -39,9 +39,10 @@ class GroupNorm(nnx.GroupNorm):
             return jnp.repeat(groups, self.group_size)
 
         mu, square = mean(wide.sum((0, 1))), mean((wide * wide).sum((0, 1)))
-        weight: Any = (self.scale, self.bias)
-        gain = jax.lax.rsqrt(jnp.maximum(square - mu**2, 0.0) + self.epsilon) * weight[0][...]
-        return (wide * gain + (weight[1][...] - mu * gain)).astype(x.dtype)
+        scale: Any = self.scale
+        bias: Any = self.bias
+        gain = jax.lax.rsqrt(jnp.maximum(square - mu**2, 0.0) + self.epsilon) * scale[...]
+        return (wide * gain + (bias[...] - mu * gain)).astype(x.dtype)
 
 
 def upsample(x: Array) -> Array:

@@ -47,16 +47,12 @@ class Singlestep(ExplicitSolver):
     A method defines `prediction`, `eta2` (0 for the ODE), `fractions` and `weights`.
     """
 
-    if TYPE_CHECKING:  # a field or a property
+    if TYPE_CHECKING:  # fields or properties
 
         @property
         def prediction(self) -> Prediction:
             """Which output is extrapolated."""
             ...
-
-    else:
-        prediction: eqx.AbstractVar[Prediction]
-    if TYPE_CHECKING:  # a field or a property
 
         @property
         def fractions(self) -> tuple[float, ...]:
@@ -64,6 +60,7 @@ class Singlestep(ExplicitSolver):
             ...
 
     else:
+        prediction: eqx.AbstractVar[Prediction]
         fractions: eqx.AbstractVar[tuple[float, ...]]
 
     @property
@@ -108,7 +105,7 @@ class Singlestep(ExplicitSolver):
                 fresh = linear_parts(
                     process, self.prediction, t, inside, (fraction - previous) * h, self.eta2
                 )
-                ratio = parts.carry / carry if stages else jnp.ones_like(t)
+                ratio = parts.carry / carry
                 noises = (*(ratio * n for n in noises), fresh.noise)
             outputs = tuple(parts.scale * w for w in self.weights(index, parts.stiffness))
             carry, previous = parts.carry, fraction

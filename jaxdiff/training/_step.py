@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_count, check_key, check_number
+from jaxdiff._checks import check_count, check_key, check_number, check_scalars
 from jaxdiff._tree import Number, number, traced_floats
 from jaxdiff.training._ema import EMA
 
@@ -479,6 +479,7 @@ def make_train_step(
 
     # Pairs, since a dict is rebuilt in the order of its keys.
     def rule(player: Player) -> Player:
+        check_scalars(player.loss, player.ema)
         numbers = traced_floats((player.loss, player.ema, player.every))
         loss, ema, every = numbers
         mask = jax.tree.map(jnp.asarray, player.mask)

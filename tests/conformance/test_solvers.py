@@ -122,8 +122,9 @@ def test_evaluations_are_counted_and_steps_told(x64, name):
         np.testing.assert_allclose(out.x, few(name)[:1], rtol=1e-8, atol=1e-8)
     assert int(out.nfe[0]) == expected == len(counting.calls)
     assert np.all(np.isfinite(out.x))
-    low = jax.eval_shape(lambda: run(counting.denoiser, solver, count=1, dtype=jnp.bfloat16).x)
-    assert low.dtype == jnp.bfloat16
+    for dtype in (jnp.float32, jnp.bfloat16):
+        low = jax.eval_shape(lambda: run(counting.denoiser, solver, count=1, dtype=dtype).x)  # noqa: B023
+        assert low.dtype == dtype
 
 
 @each_solver
