@@ -78,6 +78,6 @@ def unchecked():
 def forget_programs():
     """Compiled programs hold memory maps, of which Linux gives a process 65530 at most."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
         gc.collect()

@@ -1,5 +1,9 @@
-"""Every notebook runs, in miniature; what is committed was run, and carries nothing private."""
+"""The demo in miniature, and every notebook on the run that it leaves.
 
+What is committed was run, and carries nothing private.
+"""
+
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,8 +13,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from jaxdiff.training import fit
-from train import evaluate
+from train import config as cfg
+from train import pretrain
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -20,15 +24,42 @@ def cells(path, kind="code"):
     return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
 
 
-def brief_fit(*args, num_steps, **options):
-    return fit(*args, num_steps=min(num_steps, 4), **options)
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A short run of the demo's own path: its directory, and its state."""
+    preset, run_dir = cfg.PRESETS["digits"][1], tmp_path_factory.mktemp("runs") / "digits"
+    config = dataclasses.replace(
+        preset,
+        run_dir=str(run_dir),
+        network=dataclasses.replace(preset.network, channels=8, attention_resolutions=()),
+        evaluation=dataclasses.replace(
+            preset.evaluation, num_samples=80, sampling_steps=3, classifier_steps=250
+        ),
+        steps=12,
+        warmup_steps=2,
+        log_every=4,
+        checkpoint_every=6,
+    )
+    return run_dir, pretrain.main(config)
 
 
-def run(path, monkeypatch):
+def test_digits_train_and_are_measured_on_eight_devices(digits):
+    """Classifier, figures and pictures."""
+    run_dir, state = digits
+    assert int(state.step) == 12 and jax.device_count() == 8
+    figures = json.loads((run_dir / "evaluation.json").read_text())
+    assert figures["accuracy_floor"] > 0.97  # of the classifier, on held-out digits
+    assert 0 < figures["frechet_floor"] < figures["frechet"]
+    assert figures["nfe"] == 6  # three steps, guided
+    for name in ("samples.png", "loss.png", "config.json", "metrics.jsonl"):
+        assert (run_dir / name).stat().st_size > 0
+
+
+def run(path, digits, monkeypatch):
     """The namespace after all code cells, as `__main__`."""
     monkeypatch.setenv("JAXDIFF_SMALL", "1")
+    monkeypatch.setenv("JAXDIFF_RUNS", str(digits[0].parent))
     monkeypatch.chdir(path.parent)
-    monkeypatch.setattr(evaluate, "fit", brief_fit)  # of the classifier that measures samples
     matplotlib.use("Agg")
     names = ("jax_enable_x64", "jax_disable_most_optimizations")
     before = {name: jax.config.values[name] for name in names}
@@ -44,8 +75,8 @@ def run(path, monkeypatch):
     return namespace
 
 
-def test_solvers(monkeypatch, capsys):
-    seen = run(ROOT / "notebooks" / "solvers.ipynb", monkeypatch)
+def test_solvers(digits, monkeypatch, capsys):
+    seen = run(ROOT / "notebooks" / "solvers.ipynb", digits, monkeypatch)
     assert max(seen["converged"]) < 1e-3 and seen["to_exact"] < 1e-5
     assert len(seen["errors"]) == 4
     for name, by_nfe in seen["errors"].items():
@@ -67,8 +98,8 @@ def test_solvers(monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_geometry(monkeypatch, capsys):
-    seen = run(ROOT / "notebooks" / "geometry.ipynb", monkeypatch)
+def test_geometry(digits, monkeypatch, capsys):
+    seen = run(ROOT / "notebooks" / "geometry.ipynb", digits, monkeypatch)
     assert max(seen["exact"].values()) < 1e-3
     for moved, predicted in list(seen["speeds"].values())[:2]:  # the third is a mean over draws
         assert abs(moved / predicted - 1) < 0.02

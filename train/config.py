@@ -98,6 +98,7 @@ class EvaluationConfig:
         solver: see `train.sample`.
         sampling_steps: steps of the solver.
         batch_size: samples computed at a time.
+        classifier_steps: training steps of the classifier that measures images of classes.
     """
 
     num_samples: int = 1000
@@ -106,6 +107,7 @@ class EvaluationConfig:
     solver: SolverName = "ddim"
     sampling_steps: int = 25
     batch_size: int = 250
+    classifier_steps: int = 1200
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,7 @@ def load_classifier(config: cfg.Config, source: ArraySource) -> networks.ConvCla
         num_classes=source.num_classes,
         rngs=nnx.Rngs(config.seed),
     )
-    steps = 1200
+    steps = config.evaluation.classifier_steps
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     player = Player(classifier, classifier_loss, optimizer, trainable=lambda model: model)
     state = init_train_state({"classifier": player}, jax.random.key(config.seed))

@@ -161,6 +161,11 @@ def run(fn) -> int:
     return 0
 
 
+def cli(args: list[str] | None = None) -> int:
+    """The command line: a preset and what to change of it; the exit status."""
+    config = tyro.extras.overridable_config_cli(cfg.PRESETS, args=args)
+    return run(lambda: main(config))
+
+
 if __name__ == "__main__":
-    config = tyro.extras.overridable_config_cli(cfg.PRESETS)
-    sys.exit(run(lambda: main(config)))
+    sys.exit(cli())

@@ -204,5 +204,5 @@ def test_taps_are_reached(name):
         with pytest.raises(ValueError, match="`Ensemble` defines `__call__` alone.*taps"):
             look(wanted)
         return
-    direct = jaxdiff.reading(leaf, ("block.0",)).estimate(x, t, cond["label"])
+    direct = jax.jit(jaxdiff.reading(leaf, ("block.0",)).estimate)(x, t, cond["label"])
     np.testing.assert_allclose(look(wanted).taps["block.0"], direct.taps["block.0"], rtol=1e-5)

@@ -153,15 +153,18 @@ def test_edits_of_taps_reach_through_guidance(unet):
     offset = Offset(0.3 * jnp.ones((2, 2, 8)))
     edited = edit_taps(guided, {"mid": offset})
     alone = guidance.ClassifierFree(edit_taps(unet, {"mid": offset}), null_cond=3, scale=1.7)
-    np.testing.assert_allclose(edited(x, 0.5, cond), alone(x, 0.5, cond), atol=1e-6)
-    assert jnp.abs(edited(x, 0.5, cond) - guided(x, 0.5, cond)).max() > 1e-3
+    answers = jax.jit(lambda *models: [model(x, 0.5, cond) for model in models])
+    plain, changed, other = answers(guided, edited, alone)
+    np.testing.assert_allclose(changed, other, atol=1e-6)
+    assert jnp.abs(changed - plain).max() > 1e-3
     response = TapResponse(guided, x, jnp.float32(0.5), cond)
     assert response.origin.shape == (2, 2, 8)
-    np.testing.assert_allclose(response(response.origin), guided(x, 0.5, cond), atol=1e-6)
-    np.testing.assert_allclose(response(offset.offset), edited(x, 0.5, cond), atol=1e-6)
-    feature = TapFeature(edited, jnp.float32(0.5), cond)
-    plain = TapFeature(guided, jnp.float32(0.5), cond)
-    np.testing.assert_allclose(feature(x), plain(x) + 0.3, atol=1e-6)
+    at = jax.jit(lambda h: response(h))
+    np.testing.assert_allclose(at(response.origin), plain, atol=1e-6)
+    np.testing.assert_allclose(at(offset.offset), changed, atol=1e-6)
+    features = [TapFeature(model, jnp.float32(0.5), cond) for model in (edited, guided)]
+    moved, still = jax.jit(lambda x: [feature(x) for feature in features])(x)
+    np.testing.assert_allclose(moved, still + 0.3, atol=1e-6)
 
 
 def test_inversion_returns_to_its_start(unet):

@@ -53,7 +53,7 @@ def test_a_label_is_an_integer_or_a_vector_in_its_place(name):
     np.testing.assert_allclose(call(network, x, {"label": jnp.asarray(2)}), plain, rtol=1e-6)
     np.testing.assert_allclose(call(network, x, row), plain, rtol=1e-5, atol=1e-6)
     # Between two classes, which no integer is, and differentiable there.
-    slope = jax.grad(lambda row: call(network, x, row).sum())(row)
+    slope = jax.jit(jax.grad(lambda row: call(network, x, row).sum()))(row)
     assert np.all(np.isfinite(slope)) and np.any(slope)
     # Traced labels beyond the table are those of no class, and no NaN.
     for label in (-1, 4, 100):
@@ -74,8 +74,8 @@ def test_vectors_are_labels_too(name):
     # Linear in it, before the network: by the projection's matrix.
     layer = network.embedding.vector
     shift = vector @ layer.kernel[...] + layer.bias[...]
-    emb = read_taps(network, ["emb"], x, T, vector)[1]["emb"]
-    none = read_taps(network, ["emb"], x, T, jnp.zeros(5))[1]["emb"]
+    read = jax.jit(lambda vector: read_taps(network, ["emb"], x, T, vector)[1]["emb"])
+    emb, none = read(vector), read(jnp.zeros(5))
     np.testing.assert_allclose(emb - none, shift - layer.bias[...], rtol=1e-4, atol=1e-5)
     assert not np.allclose(found, call(network, x, -vector))
     with pytest.raises(ValueError, match=r"a label, a vector \(5,\), for one|a label, a vector"):
@@ -133,7 +133,7 @@ def test_tokens_are_attended_to_and_masked_ones_are_not(name):
     )
     names = tap_names(network, x, T, {"label": label, "tokens": tokens})
     weights = [n for n in names if n.endswith("cross.weights")]
-    values = read_taps(network, weights, x, T, masked)[1]
+    values = jax.jit(lambda cond: read_taps(network, weights, x, T, cond)[1])(masked)
     for value in values.values():
         np.testing.assert_allclose(value.sum(-1), 1, rtol=1e-5)
         assert np.all(value[..., ~mask] == 0)
@@ -153,8 +153,9 @@ def test_a_network_with_everything_is_guided_and_sampled():
     x, t = example(network), jnp.asarray(0.4)
     one = jax.tree.map(lambda leaf: leaf[1], cond)
     null = one | {"label": jnp.asarray(3), "tokens": jnp.zeros((5, 6))}
-    expected = denoiser(x, t, null) + 1.5 * (denoiser(x, t, one) - denoiser(x, t, null))
-    np.testing.assert_allclose(guided(x, t, one), expected, rtol=1e-4, atol=1e-5)
+    answer = jax.jit(lambda denoiser, cond: denoiser(x, t, cond))
+    expected = answer(denoiser, null) + 1.5 * (answer(denoiser, one) - answer(denoiser, null))
+    np.testing.assert_allclose(answer(guided, one), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["unet", "dit"])
@@ -195,11 +196,14 @@ def test_shapes_that_do_not_fit_are_named():
 def test_the_embedding_is_a_tap(name):
     network = with_random_weights(BUILDS[name])
     x = example(network)
-    emb = read_taps(network, ["emb"], x, T, jnp.asarray(1))[1]["emb"]
-    one = EditedNetwork(network, {"emb": lambda e: emb})
-    np.testing.assert_allclose(
-        one(x, 9 * T, jnp.asarray(0)), network(x, T, jnp.asarray(1)), rtol=1e-5, atol=1e-6
-    )
+
+    @jax.jit
+    def both(network):
+        emb = read_taps(network, ["emb"], x, T, jnp.asarray(1))[1]["emb"]
+        one = EditedNetwork(network, {"emb": lambda e: emb})
+        return one(x, 9 * T, jnp.asarray(0)), network(x, T, jnp.asarray(1))
+
+    np.testing.assert_allclose(*both(network), rtol=1e-5, atol=1e-6)
 
 
 # --- how they are computed
@@ -251,10 +255,13 @@ def test_stacked_blocks_are_the_same_network_with_the_same_taps():
         edit = {"block.1": Add(amount * jnp.arange(8.0))}
         return jnp.sin(EditedNetwork(network, edit)(x, T, label)).sum()
 
+    @jax.jit
+    def slopes(network):
+        forward = jax.jvp(lambda a: by_amount(network, a), (0.2,), (1.0,))[1]
+        return jax.grad(by_amount, argnums=1)(network, jnp.asarray(0.2)), forward
+
     for network in (scanned, plain):
-        reverse = jax.grad(by_amount, argnums=1)(network, jnp.asarray(0.2))
-        forward = jax.jvp(lambda a: by_amount(network, a), (0.2,), (1.0,))[1]  # noqa: B023
-        np.testing.assert_allclose(reverse, forward, rtol=1e-3)
+        np.testing.assert_allclose(*slopes(network), rtol=1e-3)
     with pytest.raises(ValueError, match=r"\['block.3'\]"):
         read_taps(scanned, ["block.3"], x, T, label)
     with pytest.raises(ValueError, match=r"must return an activation of the shape"):
@@ -270,7 +277,7 @@ def test_stacked_blocks_recompute_and_drop_out_like_others():
     for other in others:
         for a, b in zip(first, other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(a).max() + 1e-9)
-    out = [networks[0](x, T, jnp.asarray(1), key=k) for k in (None, key)]
+    out = jax.jit(lambda n: [n(x, T, jnp.asarray(1), key=k) for k in (None, key)])(networks[0])
     assert not np.allclose(*out)
     # The first weights are drawn, and differently in every block.
     kernel = dit(stacked=True, depth=3).blocks.first.kernel[...]
@@ -279,18 +286,20 @@ def test_stacked_blocks_recompute_and_drop_out_like_others():
 
 @pytest.mark.parametrize("name", ["mlp", "unet", "dit"])
 def test_policies_keep_what_they_say_and_change_no_gradient(name):
-    x, label = None, jnp.asarray(1)
+    label, key = jnp.asarray(1), jax.random.key(3, impl="rbg")
     grads, kept = [], []
     for remat in (False, True, "dots_saveable", "everything_saveable"):
-        network = with_random_weights(lambda r=remat: BUILDS[name](remat=r))
+        options = {"dropout": 0.2} | ({"attention_resolutions": ()} if name == "unet" else {})
+        network = with_random_weights(lambda r=remat: BUILDS[name](remat=r, **options))  # noqa: B023
         x = example(network)
-        loss = lambda n: (n(x, T, label) ** 2).sum()  # noqa: B023
+        loss = lambda n: (n(x, T, label, key=key) ** 2).sum()  # noqa: B023
         grads.append(jax.tree.leaves(jax.jit(jax.grad(loss))(network)))
         residuals = jax.eval_shape(lambda n: jax.vjp(loss, n)[1], network)  # noqa: B023
         kept.append(sum(np.prod(r.shape) for r in jax.tree.leaves(residuals)))
     largest = max(np.abs(a).max() for a in grads[0])
     for other in grads[1:]:
         for a, b in zip(grads[0], other, strict=True):
+            assert np.any(a)
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * largest)
     # Nothing kept, some of it, and all of it.
     assert kept[1] < kept[2] <= kept[3]
@@ -311,7 +320,8 @@ def test_fused_attention_agrees_and_gives_way_to_taps():
     edited = jax.jit(lambda n: EditedNetwork(n, edit)(x, T, cond))
     np.testing.assert_allclose(edited(fused), edited(plain), rtol=1e-4, atol=1e-5)
     # Forward derivatives, and the way back to a network that has them everywhere.
-    slope = [jax.jvp(lambda x: call(n, x, cond), (x,), (x,))[1] for n in (fused, plain)]  # noqa: B023
+    slope = [jax.jit(lambda n: jax.jvp(lambda x: n(x, T, cond), (x,), (x,))[1])(n)
+             for n in (fused, plain)]  # fmt: skip
     np.testing.assert_allclose(*slope, rtol=1e-3, atol=1e-4)
     back = with_attention(fused, "plain")
     assert jax.tree.structure(back) == jax.tree.structure(plain)

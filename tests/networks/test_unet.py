@@ -158,17 +158,6 @@ def test_starts_with_identity_blocks_and_zero_output():
     assert {leaf.dtype for leaf in jax.tree.leaves(network)} == {jnp.dtype(jnp.float32)}
 
 
-def test_remat_changes_no_gradient():
-    key = jax.random.key(3, impl="rbg")
-    plain, remat = (with_random_weights(lambda: unet(dropout=0.2, remat=r)) for r in (False, True))  # noqa: B023
-    grads, grads_remat = (jax.tree.leaves(loss_and_grad(n, key)[1]) for n in (plain, remat))
-    largest = max(np.abs(a).max() for a in grads)
-    for a, b in zip(grads, grads_remat, strict=True):
-        assert np.any(a)
-        # A shift of all keys changes no attention: that gradient is rounding.
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(a).max() + 1e-8 * largest)
-
-
 def test_bfloat16_is_close_and_keeps_float32_outside():
     full, half = (with_random_weights(lambda: unet(dtype=d, **ADM)) for d in (None, jnp.bfloat16))  # noqa: B023
     out, (rounded, grads) = forward(full, X, T, CLASS), loss_and_grad(half, None)

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -78,43 +77,32 @@ def same_result(run_dir, whole, *, cut_at=0):
     assert logged[0] == logged[1]
 
 
-def test_killed_at_any_moment_then_resumed_ends_bit_for_bit_the_same(tmp_path, uninterrupted):
-    run_dir = tmp_path / "run"
-    for count in (1, 2):  # killed twice, at moments nobody chose
-        process = subprocess.Popen(
-            command(run_dir, "--steps", "1200", "--keep-checkpoints", "50"),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        wait_for_checkpoints(process, run_dir, 4 * count)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    done = finish(command(run_dir, "--steps", "1200"))
-    assert done.returncode == 0, done.stderr
-    assert "Going on from step" in done.stdout
-    same_result(run_dir, uninterrupted)
-
-
-def test_sigterm_writes_a_checkpoint_and_says_so(tmp_path, uninterrupted):
-    run_dir = tmp_path / "run"
+def interrupt(run_dir, count, signum, *options):
+    """Start or go on; stop the process once there are so many checkpoints."""
     process = subprocess.Popen(
-        command(run_dir, "--steps", "1200", "--checkpoint-every", "100"),
+        command(run_dir, "--steps", "1200", *options),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_checkpoints(process, run_dir, 1)
-    process.terminate()
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    wait_for_checkpoints(process, run_dir, count)
+    process.send_signal(signum)
+    return process.communicate(timeout=60)[1], process.returncode
+
+
+def test_killed_and_terminated_then_resumed_ends_bit_for_bit_the_same(tmp_path, uninterrupted):
+    run_dir = tmp_path / "run"
+    keep = ("--keep-checkpoints", "50")
+    stderr, status = interrupt(run_dir, 4, signal.SIGKILL, *keep)  # at a moment nobody chose
+    assert status == -signal.SIGKILL, stderr
+    stderr, status = interrupt(run_dir, 9, signal.SIGTERM, *keep)
+    assert status == 128 + signal.SIGTERM
+    # It wrote a checkpoint, and says so.
     assert "Interrupted by SIGTERM" in stderr and "Traceback" not in stderr
     last = max(int(p.name) for p in (run_dir / "checkpoints").iterdir())
-    assert last >= 100
+    assert last >= 9 * 40
     done = finish(command(run_dir, "--steps", "1200"))
     assert done.returncode == 0, done.stderr
     assert f"Going on from step {last} of 1200" in done.stdout
@@ -151,12 +139,16 @@ def test_another_configuration_is_refused_with_the_difference(uninterrupted):
         (["toy2d", "--batch-size", "100000"], "batch_size"),
     ],
 )
-def test_bad_command_lines_get_one_clear_error(tmp_path, arguments, expected):
+def test_bad_command_lines_get_one_clear_error(tmp_path, capsys, arguments, expected):
     extra = ["--run-dir", str(tmp_path / "run")] if arguments != ["nonsense"] else []
-    done = finish([sys.executable, "-m", "train.pretrain", *arguments, *extra])
-    assert done.returncode in (1, 2)
-    assert expected in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    try:
+        status = pretrain.cli([*arguments, *extra])
+    except SystemExit as stop:  # of the parser
+        status = stop.code
+    assert status in (1, 2)
+    printed = capsys.readouterr()
+    assert expected in printed.out + printed.err
+    assert "Traceback" not in printed.err
 
 
 def test_a_run_directory_without_a_run_is_named(tmp_path):
@@ -176,27 +168,3 @@ def test_batches_must_divide_among_the_devices():
     config = dataclasses.replace(cfg.PRESETS["toy2d"][1], batch_size=60)
     with pytest.raises(ValueError, match="divisible by the 8 devices"):
         pretrain.check_batch(config, pretrain.parallel.make_mesh())
-
-
-def test_digits_train_and_are_measured_on_eight_devices(tmp_path, capsys):
-    """A short run of the demo's own path: classifier, figures and pictures."""
-    preset = cfg.PRESETS["digits"][1]
-    config = dataclasses.replace(
-        preset,
-        run_dir=str(tmp_path),
-        network=dataclasses.replace(preset.network, channels=8),
-        evaluation=dataclasses.replace(preset.evaluation, num_samples=80, sampling_steps=3),
-        steps=12,
-        warmup_steps=2,
-        log_every=4,
-        checkpoint_every=6,
-    )
-    state = pretrain.main(config)
-    assert int(state.step) == 12 and jax.device_count() == 8
-    figures = json.loads((tmp_path / "evaluation.json").read_text())
-    assert figures["accuracy_floor"] > 0.97  # of the classifier, on held-out digits
-    assert 0 < figures["frechet_floor"] < figures["frechet"]
-    assert figures["nfe"] == 6  # three steps, guided
-    assert "class accuracy" in capsys.readouterr().out
-    for name in ("samples.png", "loss.png", "config.json", "metrics.jsonl"):
-        assert (tmp_path / name).stat().st_size > 0
