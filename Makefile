@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test test-optimised test-slow lint format bench orders methods notebooks lock clean
+.PHONY: demo test test-optimised test-slow lint format bench orders docs methods notebooks lock clean
 
 demo: $(READY)
 	$(PY) -m train.pretrain digits
@@ -19,7 +19,7 @@ test-optimised: test
 # What takes minutes: real processes, large programs, long data. Not part of continuous integration;
 # tests/slow/README.md keeps its last results.
 test-slow: $(READY)
-	$(PY) -m pytest tests/slow -m slow
+	$(PY) -m pytest -m slow
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -41,6 +41,10 @@ orders: $(READY)
 	PYTHONPATH=tests:tests/solvers $(PY) -m benchmarks.orders
 	$(PY) -m tools.methods
 
+# The documentation's site, in site/; a warning is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+
 methods: $(READY)
 	$(PY) -m tools.methods
 
@@ -53,14 +57,14 @@ notebooks: $(READY)
 lock:
 	{ echo "# Pinned versions for make demo, make test and continuous integration; make lock writes them."; \
 	  echo 'jax<0.12' | uv pip compile -q --universal --python-version 3.11 --upgrade --no-annotate --no-header \
-	  pyproject.toml --extra train --extra test --extra notebooks -c -; } > constraints.tmp && mv constraints.tmp constraints.txt
+	  pyproject.toml --extra train --extra test --extra docs --extra notebooks -c -; } > constraints.tmp && mv constraints.tmp constraints.txt
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) must be Python 3.11 or newer; pass PYTHON=/path/to/python3.12" >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,docs]'
 	touch $(READY)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -19,6 +19,7 @@ Conventions:
 """
 
 from jaxdiff import conditions as conditions
+from jaxdiff import data as data
 from jaxdiff import geometry as geometry
 from jaxdiff import guidance as guidance
 from jaxdiff import losses as losses
@@ -29,6 +30,7 @@ from jaxdiff import parallel as parallel
 from jaxdiff import predictions as predictions
 from jaxdiff import processes as processes
 from jaxdiff import solvers as solvers
+from jaxdiff import training as training
 from jaxdiff._tree import Number as Number
 from jaxdiff._tree import number as number
 from jaxdiff.denoiser import Clipped as Clipped
@@ -60,4 +62,4 @@ from jaxdiff.traces import ExactTrace as ExactTrace
 from jaxdiff.traces import Hutchinson as Hutchinson
 from jaxdiff.traces import HutchPlusPlus as HutchPlusPlus
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

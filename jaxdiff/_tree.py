@@ -9,6 +9,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, PyTree
 
 
@@ -126,28 +127,54 @@ def bounded(x: Array, low: Array, high: Array) -> Array:
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
-def chunked(run: Callable[..., PyTree], batch_size: int | None) -> Callable[..., PyTree]:
+def chunked(
+    run: Callable[..., PyTree], batch_size: int | None, sharding: NamedSharding | None = None
+) -> Callable[..., PyTree]:
     """`run` of a batch, all at once or in chunks of `batch_size` rows one after another.
 
     The last row fills the last chunk, so that one program serves all of them. `jax.lax.map` has
-    another for what is left over, which may run at the same time.
+    another for what is left over, which may run at the same time. Of rows that are split over
+    devices, each chunk takes some of every device's, and results stay where they are computed.
     """
     if batch_size is not None and not batch_size >= 1:
         raise ValueError(
             f"`batch_size` must be at least 1, got {batch_size}. Leave it out for all at once."
         )
+    parts = 1 if sharding is None else num_parts(sharding)
+
+    def split(leaf, axis):
+        if sharding is None or sharding.spec[:1] in ((), (None,)):
+            return leaf
+        spec = PartitionSpec(*[None] * axis, sharding.spec[0])
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
 
     def mapped(*args):
         count = len(jax.tree.leaves(args)[0])
         if batch_size is None or batch_size >= count:
             return run(*args)
-        chunks = -(-count // batch_size)
-        rows = np.minimum(np.arange(chunks * batch_size), count - 1).reshape(chunks, -1)
-        args = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], args)
+        own, size = count // parts, max(1, batch_size // parts)
+        chunks = -(-own // size)
+        places = np.minimum(np.arange(chunks * size), own - 1).reshape(chunks, 1, size)
+        rows = (np.arange(parts)[:, None] * own + places).reshape(chunks, -1)
+        args = jax.tree.map(lambda leaf: split(jnp.asarray(leaf)[rows], 1), args)
         out = jax.lax.map(lambda chunk: run(*chunk), args)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], out)
+
+        def whole(leaf):
+            rest = leaf.shape[2:]
+            leaf = jnp.moveaxis(leaf.reshape(chunks, parts, size, *rest), 1, 0)
+            leaf = leaf.reshape(parts, chunks * size, *rest)[:, :own]
+            return split(leaf.reshape(count, *rest), 0)
+
+        return jax.tree.map(whole, out)
 
     return mapped
+
+
+def num_parts(sharding: NamedSharding) -> int:
+    """Into how many parts a sharding splits the leading axis."""
+    names = sharding.spec[0] if sharding.spec else None
+    names = () if names is None else names if isinstance(names, tuple) else (names,)
+    return int(np.prod([sharding.mesh.shape[name] for name in names]))
 
 
 def batched(fn: Callable[..., PyTree], batch_size: int | None) -> Callable[..., PyTree]:

@@ -18,7 +18,7 @@ from jaxdiff._checks import (
     check_key,
     check_scalars,
 )
-from jaxdiff._tree import as_float_array, chunked, is_known, jit
+from jaxdiff._tree import as_float_array, chunked, is_known, jit, num_parts
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.parallel import join_devices
@@ -214,7 +214,7 @@ def _example_keys(key: PRNGKeyArray, indices: Array) -> tuple[PRNGKeyArray, PRNG
 
 
 @jit
-def _sample(key, indices, cond, model, times, options, *, shape, dtype, batch_size):
+def _sample(key, indices, cond, model, times, options, *, shape, dtype, batch_size, sharding):
     def run(indices, cond, own_times):
         grid = times if own_times is None else own_times
         starts, paths = _example_keys(key, indices)
@@ -224,7 +224,7 @@ def _sample(key, indices, cond, model, times, options, *, shape, dtype, batch_si
         problem = Problem(model, cond, paths, grid, -1, shared=shared)
         return _solve(problem, x, None, None, options)
 
-    return chunked(run, batch_size)(indices, cond, _own_times(times))
+    return chunked(run, batch_size, sharding)(indices, cond, _own_times(times))
 
 
 def _own_times(times: Array) -> Array | None:
@@ -237,8 +237,9 @@ def _own_times(times: Array) -> Array | None:
 
 @jit
 def _continue(
-    key, x, cond, model, times, options, *, memory, notes, first_step, direction, batch_size
-):
+    key, x, cond, model, times, options, *, memory, notes, first_step, direction, batch_size,
+    sharding,
+):  # fmt: skip
     def run(indices, x, memory, notes, cond, own_times):
         grid = times if own_times is None else own_times
         paths = shared = None
@@ -255,7 +256,8 @@ def _continue(
         return _solve(problem, x, memory, notes, options)
 
     indices = jnp.arange(x.shape[0])
-    return chunked(run, batch_size)(indices, x, memory, notes, cond, _own_times(times))
+    chunks = chunked(run, batch_size, sharding)
+    return chunks(indices, x, memory, notes, cond, _own_times(times))
 
 
 def _resolve(model, times, solver, num_samples, *, increasing=False) -> Array:
@@ -425,13 +427,25 @@ def sample(
     _check_saved(saveat, times)
     indices = first_index + jnp.arange(num_samples)
     if sharding is not None:
+        if num_samples % (parts := num_parts(sharding)):
+            raise ValueError(
+                f"`num_samples` must be a multiple of the {parts} devices of `sharding`, got "
+                f"{num_samples}. Draw {-(-num_samples // parts) * parts}, and leave some out."
+            )
+        if isinstance(solver, PopulationSolver):
+            for argument, count in (("num_samples", num_samples), ("batch_size", batch_size)):
+                if count is not None and count % (parts * solver.size):
+                    raise ValueError(
+                        f"`{argument}` must be a multiple of {parts} devices times the "
+                        f"population's size {solver.size}, got {count}."
+                    )
         indices, cond = jax.device_put((indices, cond), sharding)
         key, denoiser, times, options = join_devices((key, denoiser, times, options), sharding)
     shape = tuple(check_count("shape", size, least=0) for size in shape)
     dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
     return _sample(
         key, indices, cond, denoiser, times, options, shape=shape, dtype=dtype,
-        batch_size=batch_size,
+        batch_size=batch_size, sharding=sharding,
     )  # fmt: skip
 
 
@@ -571,5 +585,11 @@ def _run(
         solver.check_start(model.process, times, memory)
     return _continue(
         key, x, cond, model, times, options, memory=memory, notes=notes, first_step=first_step,
-        direction=direction, batch_size=batch_size,
+        direction=direction, batch_size=batch_size, sharding=_split_of(x),
     )  # fmt: skip
+
+
+def _split_of(x: Array) -> jax.sharding.NamedSharding | None:
+    """How examples are split over devices, where that is known."""
+    found = x.sharding if is_known(x) else None
+    return found if isinstance(found, jax.sharding.NamedSharding) and num_parts(found) > 1 else None

@@ -33,7 +33,7 @@ def digits(tmp_path_factory):
         run_dir=str(run_dir),
         network=dataclasses.replace(preset.network, channels=8, attention_resolutions=()),
         evaluation=dataclasses.replace(
-            preset.evaluation, num_samples=80, sampling_steps=3, classifier_steps=250
+            preset.evaluation, num_samples=80, sampling_steps=3, classifier_steps=400
         ),
         steps=12,
         warmup_steps=2,

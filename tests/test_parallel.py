@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import mixture
 
-from jaxdiff import parallel
+import jaxdiff
+from jaxdiff import parallel, processes
 
 
 def test_mesh_axes_multiply_to_the_devices():
@@ -49,3 +51,25 @@ def test_replicated_trees_are_everywhere():
     placed = parallel.replicate({"a": jnp.arange(3)}, parallel.make_mesh())
     assert len(placed["a"].addressable_shards) == 8
     assert placed["a"].is_fully_replicated
+
+
+def test_chunks_of_a_split_batch_stay_split():
+    """Every device computes its own examples, whatever their number at a time."""
+    oracle, mesh = mixture(processes.VP(), jnp.float32), parallel.make_mesh(devices=jax.devices())
+    sharding, key = parallel.batch_sharding(mesh), jax.random.key(0)
+    cond = jnp.arange(40) % 2
+    whole = jaxdiff.sample(key, oracle, (2,), 40, cond=cond, times=4)
+    for batch_size in (8, 16, 24, 3):
+        options = {"cond": cond, "times": 4, "sharding": sharding, "batch_size": batch_size}
+        out = jaxdiff.sample(key, oracle, (2,), 40, **options)
+        np.testing.assert_allclose(out.x, whole.x, rtol=1e-5, atol=1e-6)
+        assert out.x.sharding.is_equivalent_to(sharding, 2)
+        assert out.nfe.sharding.is_equivalent_to(sharding, 1)
+    split = jax.device_put(whole.x, sharding)
+    there, back = (
+        jaxdiff.invert(oracle, x, cond=cond, times=4, batch_size=8).x for x in (whole.x, split)
+    )
+    np.testing.assert_allclose(back, there, rtol=1e-5, atol=1e-6)
+    assert back.sharding.is_equivalent_to(sharding, 2)
+    with pytest.raises(ValueError, match=r"multiple of the 8 devices .* got 41. Draw 48"):
+        jaxdiff.sample(key, oracle, (2,), 41, times=4, sharding=sharding)

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from jaxdiff.training import load_run
+from train import config as cfg
 from train import figures, report, study
-from train.pretrain import run
-from train.sample import load_run
+from train.data import build_sources
+from train.runner import run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,14 +216,18 @@ def main(options: Options) -> list[figures.Row]:
         ValueError: for a run without images, an unknown tap, or options that do not fit.
     """
     begun = time.perf_counter()
-    config, source, state = load_run(options.run_dir, options.data_path)
+    config, found = cfg.load_config(options.run_dir), load_run(options.run_dir)
+    if options.data_path is not None:
+        moved = dataclasses.replace(config.data, path=options.data_path)
+        config = dataclasses.replace(config, data=moved)
+    source, held_out = build_sources(config.data)
     if len(source.event_shape) != 3:
         raise ValueError(
             f"`run_dir` must hold a model of images, got {options.run_dir} with data of shape "
             f"{source.event_shape}. Its directions have no frequencies, nor pictures."
         )
     options = resolved(options, int(np.prod(source.event_shape)))
-    subject, rows = study.prepare(options, config, source, state.players["model"].averaged())
+    subject, rows = study.prepare(options, held_out, found.model)
 
     bases = study.local_bases(subject)
     rows += study.structure(subject, source, bases)
@@ -233,7 +239,7 @@ def main(options: Options) -> list[figures.Row]:
     # The method's own estimate does not count rounding.
     residual = max(residual, float(jnp.finfo(bases.plain.values.dtype).eps))
     rows.append(("largest residual of a triplet, relative", f"{residual:.1e}", ""))
-    write_report(subject, int(state.step), rows)
+    write_report(subject, found.step, rows)
     print(report.table(rows, ("measure", "value", "beside")))
     print(f"\n{time.perf_counter() - begun:.0f} s; the report is {subject.folder}/report.md")
     return rows

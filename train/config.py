@@ -2,50 +2,20 @@
 
 import dataclasses
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxdiff import data, losses, networks, predictions, processes
-from jaxdiff.data import ArraySource
+from jaxdiff import losses, networks, predictions, processes
 from jaxdiff.denoiser import LogNoiseLabel, NetworkDenoiser, TimeLabel
-from jaxdiff.training import ConstantEMA, Player
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The data set.
-
-    Attributes:
-        name: which reader; the last five are densities in the plane.
-        path: where the files are (cifar10, folder: a directory; npz, idx: a file).
-        labels_path: labels file of an idx data set.
-        flip: mirror images at random.
-        size: average images over blocks to this height and width; None leaves them.
-        gray: average the channels of images into one.
-    """
-
-    name: Literal[
-        "digits",
-        "cifar10",
-        "folder",
-        "npz",
-        "idx",
-        "two_moons",
-        "swiss_roll",
-        "checkerboard",
-        "eight_gaussians",
-        "rings",
-    ] = "digits"
-    path: str = ""
-    labels_path: str = ""
-    flip: bool = False
-    size: int | None = None
-    gray: bool = False
+from jaxdiff.training import ConstantEMA, Player, PowerEMA, write_json
+from train.data import DataConfig, DataInfo
+from train.data import build_source as build_source
+from train.data import build_sources as build_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +57,27 @@ SolverName = Literal[
 ]
 
 
+TimesName = Literal["uniform", "log_snr", "karras", "polyexponential", "quadratic"]
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Sampling and measuring at the end of a run; may change when a run is resumed.
+    """Sampling and measuring; may change when a run is resumed.
 
     Attributes:
         num_samples: samples measured.
         per_class: samples of each class in the picture.
         guidance_scale: 1 is the plain conditional model.
-        solver: see `train.sample`.
+        solver: see `train.sampling`.
         sampling_steps: steps of the solver.
+        times: the grid of steps; None for the one customary for the process and the solver.
+        order: of the solver; None for its own.
+        eta: noise that the solver adds; None for its own.
+        churn: noise that "heun" adds, over all steps.
+        average: which average of the weights, counted from 0.
         batch_size: samples computed at a time.
-        classifier_steps: training steps of the classifier that measures images of classes.
+        classifier_steps: training steps of the classifier that measures images of classes, 0 for
+            none.
     """
 
     num_samples: int = 1000
@@ -106,6 +85,11 @@ class EvaluationConfig:
     guidance_scale: float = 1.5
     solver: SolverName = "ddim"
     sampling_steps: int = 25
+    times: TimesName | None = None
+    order: int | None = None
+    eta: float | None = None
+    churn: float | None = None
+    average: int = 0
     batch_size: int = 250
     classifier_steps: int = 1200
 
@@ -131,9 +115,16 @@ class Config:
         warmup_steps: length of the rise.
         grad_clip: largest norm of the gradient.
         accumulate: micro-batches per update.
-        ema_decay: decay of the averaged weights.
+        ema: how weights are averaged: with a constant decay, or by power functions of several
+            widths, from which any other is made afterwards.
+        ema_decay: decay of the constant average.
+        ema_widths: relative widths of the power functions.
+        init_from: directory of a run whose weights this one begins with, where names and shapes
+            are the same.
         seed: seed of everything.
         log_every: steps between logged metrics; may change when a run is resumed.
+        sample_every: steps between pictures of samples and the loss on held-out data, 0 for none;
+            may change when a run is resumed.
         checkpoint_every: steps between checkpoints; may change when a run is resumed.
         keep_checkpoints: how many are kept; may change when a run is resumed.
         tensorboard: write TensorBoard events too; may change when a run is resumed.
@@ -155,9 +146,13 @@ class Config:
     warmup_steps: int = 100
     grad_clip: float = 1.0
     accumulate: int = 1
+    ema: Literal["constant", "power"] = "constant"
     ema_decay: float = 0.995
+    ema_widths: tuple[float, ...] = (0.05, 0.10)
+    init_from: str = ""
     seed: int = 0
     log_every: int = 20
+    sample_every: int = 0
     checkpoint_every: int = 250
     keep_checkpoints: int = 3
     tensorboard: bool = False
@@ -190,6 +185,33 @@ PRESETS = {
             checkpoint_every=5000,
         ),
     ),
+    "mnist": (
+        "MNIST, averaged to 14x14, class-conditional; set --data.path",
+        Config(
+            run_dir="runs/mnist",
+            data=DataConfig("mnist", resize=14),
+            network=NetworkConfig(attention_resolutions=(7,)),
+            steps=4000,
+            batch_size=128,
+            ema_decay=0.999,
+            checkpoint_every=500,
+        ),
+    ),
+    "folder": (
+        "a folder of images, one sub-folder per class; set --data.path",
+        Config(
+            run_dir="runs/folder",
+            data=DataConfig("folder", resize=32, mode="rgb", flip=True),
+            network=NetworkConfig(
+                channels=64, channel_mults=(1, 2, 2), attention_resolutions=(8,), num_res_blocks=2
+            ),
+            evaluation=EvaluationConfig(num_samples=200, per_class=8, sampling_steps=50),
+            steps=20_000,
+            ema_decay=0.999,
+            log_every=50,
+            checkpoint_every=1000,
+        ),
+    ),
     "toy2d": (
         "densities in the plane with an MLP",
         Config(
@@ -212,11 +234,52 @@ FREE_FIELDS = (
     "run_dir",
     "evaluation",
     "log_every",
+    "sample_every",
     "checkpoint_every",
     "keep_checkpoints",
     "tensorboard",
 )
 """Fields that do not change what is trained, and so may differ when a run is resumed."""
+
+
+# What older versions called fields of the data.
+_RENAMED = {"size": "resize", "gray": "mode"}
+# Values that must be at least so large.
+_LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"), 1),
+    **dict.fromkeys(("keep_checkpoints", "network.channels", "network.depth"), 1),
+    **dict.fromkeys(("network.num_res_blocks", "network.num_heads", "network.patch_size"), 1),
+    **dict.fromkeys(("evaluation.num_samples", "evaluation.per_class"), 1),
+    **dict.fromkeys(("evaluation.sampling_steps", "evaluation.batch_size"), 1),
+    **dict.fromkeys(("warmup_steps", "sample_every", "seed", "evaluation.classifier_steps"), 0),
+    **dict.fromkeys(("evaluation.average", "evaluation.guidance_scale", "label_dropout"), 0),
+}
+_POSITIVE = ("learning_rate", "grad_clip", "sigma_data")
+
+
+def check(config: Config) -> None:
+    """Refuse numbers that make no run, before any work.
+
+    Raises:
+        ValueError: naming the first field.
+    """
+
+    def value(name):
+        part: Any = config
+        for piece in name.split("."):
+            part = getattr(part, piece)
+        return part
+
+    for name, least in _LEAST.items():
+        if not value(name) >= least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value(name)}.")
+    for name in _POSITIVE:
+        if not 0 < value(name) < float("inf"):
+            raise ValueError(f"`{name}` must be positive and finite, got {value(name)}.")
+    if config.label_dropout >= 1:
+        raise ValueError(f"`label_dropout` must be below 1, got {config.label_dropout}.")
+    if config.evaluation.average and config.ema == "constant":
+        raise ValueError("`evaluation.average` must be 0: there is one average of the weights.")
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -225,16 +288,16 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(value: dict[str, Any]) -> Config:
-    """The configuration that `to_json` wrote."""
+    """The configuration that `to_json` wrote, of this version or an older one."""
 
-    def build(kind, value):
+    def build(kind, value, prefix=""):
         fields = {f.name: f for f in dataclasses.fields(kind)}
-        unknown = set(value) - set(fields)
+        unknown = sorted(set(value) - set(fields))
         if unknown:
-            raise ValueError(f"The configuration has unknown fields {sorted(unknown)}.")
+            raise ValueError(f"it has fields that this version does not know: {prefix}{unknown[0]}")
         return kind(
             **{
-                name: build(type(fields[name].default), item)
+                name: build(type(fields[name].default), item, f"{name}.")
                 if isinstance(item, dict)
                 else tuple(item)
                 if isinstance(item, list)
@@ -243,25 +306,39 @@ def from_json(value: dict[str, Any]) -> Config:
             }
         )
 
-    return build(Config, value)
+    stored = dict(value.get("data", {}))
+    if "gray" in stored:
+        stored["gray"] = "gray" if stored["gray"] else None
+    old = {_RENAMED.get(name, name): item for name, item in stored.items()}
+    return build(Config, {**value, "data": old} if stored else value)
 
 
 def load_config(run_dir: str | Path) -> Config:
-    """The configuration of a run directory.
+    """The configuration of a run directory, with defaults for what older versions had not.
 
     Raises:
         ValueError: if the directory has none that can be read.
     """
     path = Path(run_dir) / "config.json"
     try:
-        return from_json(json.loads(path.read_text()))
+        value = json.loads(path.read_text())
+        version = value.pop("version", "of before 0.3")
+        return dataclasses.replace(from_json(value), run_dir=str(run_dir))
     except FileNotFoundError:
         raise ValueError(
             f"`run_dir` must be a directory written by train.pretrain, got {run_dir}: it has no "
             "config.json."
         ) from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} was written by jaxdiff {version}: {error}.") from None
+
+
+def save_config(config: Config) -> None:
+    """Write config.json, with the version that wrote it."""
+    stored = {"version": metadata.version("jaxdiff"), **to_json(config)}
+    write_json(Path(config.run_dir) / "config.json", stored)
 
 
 def contradictions(stored: dict[str, Any], config: Config) -> list[str]:
@@ -274,55 +351,24 @@ def contradictions(stored: dict[str, Any], config: Config) -> list[str]:
             before, now = old.get(name), new.get(name)
             if isinstance(before, dict) and isinstance(now, dict):
                 yield from compare(before, now, f"{prefix}{name}.")
+            elif name == "steps" and now > before:
+                continue  # longer is the same run
             elif before != now and f"{prefix}{name}" not in ("data.path", "data.labels_path"):
                 yield f"{prefix}{name}: {before} there, {now} here"
 
     return list(compare(stored, to_json(config)))
 
 
-def build_source(config: DataConfig, split: Literal["train", "test"] = "train") -> ArraySource:
-    """The data of a split; data sets without a test split hold out their last tenth."""
-    source = _read_source(config, split)
-    if config.size is None and not config.gray:
-        return source
-    return data.reduced(source, size=config.size, gray=config.gray)
-
-
-def _read_source(config: DataConfig, split: Literal["train", "test"]) -> ArraySource:
-    if config.name == "digits":
-        return data.digits(split)
-    if config.name in ("cifar10", "folder", "npz", "idx") and not config.path:
-        raise ValueError(
-            f"`data.path` must say where the {config.name} data are, got nothing. Pass --data.path."
-        )
-    if config.name == "cifar10":
-        return data.cifar10(config.path, split)
-    readers = {
-        "folder": lambda: data.image_folder(config.path),
-        "npz": lambda: data.npz(config.path),
-        "idx": lambda: data.idx(config.path, config.labels_path or None),
-    }
-    if config.name in readers:
-        source = readers[config.name]()
-    else:
-        density = getattr(data, config.name)
-        source = data.array_source(density(jax.random.key(0), 20_000))
-    cut = len(source) - len(source) // 10
-    part = slice(None, cut) if split == "train" else slice(cut, None)
-    cond = None if source.cond is None else source.cond[part]
-    return dataclasses.replace(source, x=source.x[part], cond=cond)
-
-
-def build_network(config: NetworkConfig, source: ArraySource, seed: int) -> nnx.Module:
+def build_network(config: NetworkConfig, info: DataInfo, seed: int) -> nnx.Module:
     """The network for a data set.
 
     Raises:
-        ValueError: if a unet or dit is to take anything but square images, or an mlp anything
-            but vectors.
+        ValueError: if a unet or dit is to take anything but images, or an mlp anything but
+            vectors; or for a condition that networks do not take.
     """
-    shape, rngs = source.event_shape, nnx.Rngs(seed)
+    shape, rngs = info.event_shape, nnx.Rngs(seed)
     common = {
-        "num_classes": source.num_classes,
+        **condition_arguments(info),
         "dropout": config.dropout,
         "dtype": jnp.bfloat16 if config.bfloat16 else None,
         "remat": config.remat,
@@ -331,12 +377,12 @@ def build_network(config: NetworkConfig, source: ArraySource, seed: int) -> nnx.
     if config.kind == "mlp":
         if len(shape) != 1:
             raise ValueError(f"`network.kind` mlp takes vectors, got data of shape {shape}.")
+        if "token_size" in common:
+            raise ValueError("`network.kind` mlp takes no tokens. Use a unet or a dit.")
         return networks.MLP(shape[0], hidden=config.channels, num_blocks=config.depth, **common)
-    if len(shape) != 3 or shape[0] != shape[1]:
-        raise ValueError(
-            f"`network.kind` {config.kind} takes square images, got data of shape {shape}."
-        )
-    common |= {"image_size": shape[0], "in_channels": shape[2], "num_heads": config.num_heads}
+    if len(shape) != 3:
+        raise ValueError(f"`network.kind` {config.kind} takes images, got data of shape {shape}.")
+    common |= {"image_size": shape[:2], "in_channels": shape[2], "num_heads": config.num_heads}
     if config.kind == "dit":
         return networks.DiT(
             patch_size=config.patch_size, hidden=config.channels, depth=config.depth, **common
@@ -351,7 +397,31 @@ def build_network(config: NetworkConfig, source: ArraySource, seed: int) -> nnx.
     )
 
 
-def build_denoiser(config: Config, source: ArraySource) -> NetworkDenoiser:
+def condition_arguments(info: DataInfo) -> dict[str, Any]:
+    """The arguments of a network that takes the conditions of the data.
+
+    Raises:
+        ValueError: for vectors that are not the label, and other shapes.
+    """
+    found: dict[str, Any] = {"num_classes": info.num_classes}
+    scalars = []
+    for name, shape in info.cond.items():
+        if name == "label" and len(shape) == 1:
+            found["label_size"] = shape[0]
+        elif name == "tokens" and len(shape) == 2:
+            found["token_size"] = shape[1]
+        elif len(shape) == 0:
+            scalars.append(name)
+        elif name != "token_mask":
+            raise ValueError(
+                f"The condition {name!r} has shape {shape}, which no network here takes. "
+                "One vector is the 'label', scalars have any name, sequences of vectors are "
+                "'tokens' with a 'token_mask'."
+            )
+    return {**found, "scalars": scalars}
+
+
+def build_denoiser(config: Config, info: DataInfo) -> NetworkDenoiser:
     """The denoiser that learns."""
     process = {
         "vp": processes.VP,
@@ -366,7 +436,7 @@ def build_denoiser(config: Config, source: ArraySource) -> NetworkDenoiser:
     unbounded = config.process in ("ve", "edm")
     scaled = unbounded or config.prediction == "f"
     label = LogNoiseLabel(config.sigma_data, factor=250.0) if scaled else TimeLabel()
-    network = build_network(config.network, source, config.seed)
+    network = build_network(config.network, info, config.seed)
     return NetworkDenoiser(network, process, build_prediction(config), label)
 
 
@@ -381,7 +451,7 @@ def build_prediction(config: Config) -> predictions.Prediction:
     }[config.prediction]()
 
 
-def build_loss(config: Config, source: ArraySource) -> losses.DenoisingLoss:
+def build_loss(config: Config, info: DataInfo) -> losses.DenoisingLoss:
     """The training loss."""
     weighting = {
         "uniform": lambda: losses.Uniform(build_prediction(config)),
@@ -396,10 +466,10 @@ def build_loss(config: Config, source: ArraySource) -> losses.DenoisingLoss:
         "log_normal": losses.LogNormal,
         "logit_normal": losses.LogitNormal,
     }[config.time_law]()
-    return losses.DenoisingLoss(weighting, law, source.num_classes, config.label_dropout)
+    return losses.DenoisingLoss(weighting, law, info.null_cond, config.label_dropout)
 
 
-def build_player(config: Config, source: ArraySource) -> Player:
+def build_player(config: Config, info: DataInfo) -> Player:
     """The denoiser, its loss, its optimiser and its average."""
     updates = max(config.steps // config.accumulate, config.warmup_steps + 1)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -409,8 +479,8 @@ def build_player(config: Config, source: ArraySource) -> Player:
     if config.accumulate > 1:
         optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
     return Player(
-        build_denoiser(config, source),
-        build_loss(config, source),
+        build_denoiser(config, info),
+        build_loss(config, info),
         optimizer,
-        ConstantEMA(config.ema_decay),
+        ConstantEMA(config.ema_decay) if config.ema == "constant" else PowerEMA(config.ema_widths),
     )

@@ -1,7 +1,15 @@
-"""Sample a trained run and measure the samples against held-out real data."""
+"""Sample a trained run and measure the samples against held-out real data.
 
+    python -m train.evaluate runs/digits --solver unipc --sampling-steps 10
+
+measures a finished run again, with other samplers, and writes beside the first figures.
+"""
+
+import dataclasses
+import sys
 import time
 from pathlib import Path
+from typing import Annotated, Any
 
 import diffrax
 import equinox as eqx
@@ -9,46 +17,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from jaxtyping import Array
+from tqdm import tqdm
 
 import jaxdiff
 from jaxdiff import guidance, metrics, networks, parallel, solvers
-from jaxdiff.data import ArraySource, make_loader
+from jaxdiff.data import make_loader
 from jaxdiff.denoiser import Denoiser
+from jaxdiff.processes import GaussianProcess
 from jaxdiff.training import (
     CheckpointStore,
+    Hook,
     Player,
     TrainState,
     fit,
     init_train_state,
+    load_run,
     make_train_step,
     write_json,
 )
 from train import config as cfg
 from train import report
+from train.data import DataInfo, Source, build_sources
+from train.runner import run
 
-SOLVERS = {
-    "ddim": solvers.DDIM,
-    "ancestral": solvers.Ancestral,
-    "heun": solvers.EDMHeun,
-    "euler": diffrax.Euler,
-    "dpmpp_2m": solvers.DPMSolverMultistep,
-    "dpmpp_2m_sde": lambda: solvers.DPMSolverMultistep(eta=1.0),
-    "unipc": lambda: solvers.UniPC(2),
-    "deis": solvers.DEIS,
-    "sa_solver": lambda: solvers.SASolver(2, 2),
-    "seeds": solvers.SEEDS,
+# Classes, and the options that their names stand for.
+SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "ddim": (solvers.DDIM, {}),
+    "ancestral": (solvers.Ancestral, {}),
+    "heun": (solvers.EDMHeun, {}),
+    "euler": (diffrax.Euler, {}),
+    "dpmpp_2m": (solvers.DPMSolverMultistep, {}),
+    "dpmpp_2m_sde": (solvers.DPMSolverMultistep, {"eta": 1.0}),
+    "unipc": (solvers.UniPC, {"order": 2}),
+    "deis": (solvers.DEIS, {}),
+    "sa_solver": (solvers.SASolver, {"predictor_order": 2, "corrector_order": 2}),
+    "seeds": (solvers.SEEDS, {}),
 }
 
 
-def guided(denoiser: Denoiser, source: ArraySource, scale: float) -> Denoiser:
-    """The denoiser one samples from: clipped to the range of images, and guided by the class."""
-    if len(source.event_shape) == 3:
-        denoiser = jaxdiff.Clipped(denoiser)
-    if source.num_classes is None:
-        return denoiser
-    return guidance.ClassifierFree(denoiser, source.num_classes, scale)
+def build_solver(settings: cfg.EvaluationConfig) -> Any:
+    """The solver of the settings, with their options.
+
+    Raises:
+        ValueError: for an option that the solver does not have.
+    """
+    kind, options = SOLVERS[settings.solver]
+    given = {"order": settings.order, "eta": settings.eta, "s_churn": settings.churn}
+    options = options | {name: value for name, value in given.items() if value is not None}
+    known = {f.name for f in dataclasses.fields(kind)} - {"scan_kind"}
+    if unknown := sorted(set(options) - known):
+        name = {"s_churn": "churn"}.get(unknown[0], unknown[0])
+        raise ValueError(f"`{name}` is no option of the solver {settings.solver!r}. Leave it out.")
+    return kind(**options)
+
+
+def build_times(settings: cfg.EvaluationConfig, process: GaussianProcess) -> Any:
+    """The grid of the settings, or the number of its steps."""
+    if settings.times is None:
+        return settings.sampling_steps
+    return getattr(solvers, f"{settings.times}_times")(process, settings.sampling_steps)
+
+
+def guided(denoiser: Denoiser, source: Source | DataInfo, scale: float) -> Denoiser:
+    """The denoiser one samples from: guided, and clipped last to the range of what are pixels."""
+    info = source if isinstance(source, DataInfo) else DataInfo.of(source)
+    if info.null_cond is not None and scale != 1:
+        denoiser = guidance.ClassifierFree(denoiser, info.null_cond, scale)
+    return jaxdiff.Clipped(denoiser) if info.pixels else denoiser
 
 
 def classifier_loss(classifier, key, batch, frozen):
@@ -67,14 +105,14 @@ def classifier_loss(classifier, key, batch, frozen):
     return optax.softmax_cross_entropy(values, targets).mean(), {}
 
 
-def load_classifier(config: cfg.Config, source: ArraySource) -> networks.ConvClassifier:
+def load_classifier(config: cfg.Config, source: Source) -> networks.ConvClassifier:
     """The classifier that measures samples: trained on the real train split once, then cached.
 
     Cached as a checkpoint in the run directory.
     """
-    size, _, channels = source.event_shape
+    height, width, channels = source.event_shape
     classifier = networks.ConvClassifier(
-        image_size=size,
+        image_size=(height, width),
         in_channels=channels,
         num_classes=source.num_classes,
         rngs=nnx.Rngs(config.seed),
@@ -87,87 +125,122 @@ def load_classifier(config: cfg.Config, source: ArraySource) -> networks.ConvCla
     restored = store.restore_latest(state.unpack())
     if restored is not None:
         state = TrainState.pack(**restored[0])
-    state = fit(
-        make_train_step({"classifier": player}),
-        state,
-        iter(make_loader(source, min(64, len(source)), seed=config.seed)),
-        num_steps=steps,
-        store=store,
-        checkpoint_every=steps,
-    )
+    done = int(state.step)
+    if done < steps:
+        with tqdm(total=steps, initial=done, unit="step", desc="classifier") as bar:
+
+            def progress(step, state, metrics):
+                bar.update(step - bar.n)  # whose True would end the run
+
+            state = fit(
+                make_train_step({"classifier": player}),
+                state,
+                iter(make_loader(source, min(64, len(source)), seed=config.seed)),
+                num_steps=steps,
+                hooks=[Hook(20, progress)],
+                store=store,
+                checkpoint_every=steps,
+            )
     return state.players["classifier"].model
 
 
-def requested_classes(count: int, num_classes: int | None) -> Array | None:
-    """Classes 0, 1, ... in turn, or None without classes."""
-    return None if num_classes is None else jnp.arange(count, dtype=jnp.int32) % num_classes
+def requested(source: Source, info: DataInfo, count: int) -> Any:
+    """Conditions to sample with: the trained classes in turn, or those of real examples."""
+    if not info.cond:
+        return requested_classes(count, info.classes)
+    rows = np.arange(count) % len(source)
+    return jax.tree.map(jnp.asarray, source[rows]["cond"])
 
 
-def draw(config: cfg.Config, denoiser: Denoiser, source: ArraySource, mesh, key, cond, count: int):
-    """Samples `(count, *event)` as the run's evaluation settings want them, and images/s."""
-    settings = config.evaluation
-    sharding = parallel.batch_sharding(mesh) if count % mesh.size == 0 else None
+def requested_classes(count: int, classes: tuple[int, ...]) -> Array | None:
+    """Classes in turn, or None without classes."""
+    return jnp.asarray(np.resize(np.asarray(classes, np.int32), count)) if classes else None
 
-    def run():
-        return jaxdiff.sample(
-            key,
-            guided(denoiser, source, settings.guidance_scale),
-            source.event_shape,
-            count,
-            cond=cond,
-            solver=SOLVERS[settings.solver](),
-            times=settings.sampling_steps,
-            batch_size=settings.batch_size if mesh.size == 1 else None,
-            sharding=sharding,
-        )
 
+def draw(
+    settings: cfg.EvaluationConfig, denoiser: Denoiser, info: DataInfo, mesh, key, cond, count: int
+):
+    """A `Solution` with `count` samples as the settings want them, and images/s.
+
+    Of pixels, whatever a solver's last addition rounds to, within [-1, 1].
+    """
+    # As many on every device; what is too many is left out, and changes no other sample.
+    drawn = -(-count // mesh.size) * mesh.size
+    cond = jax.tree.map(lambda rows: jnp.resize(rows, (drawn, *rows.shape[1:])), cond)
     begun = time.perf_counter()
-    out = jax.block_until_ready(run())
-    return np.asarray(out.x), out, count / (time.perf_counter() - begun)
+    out = jaxdiff.sample(
+        key,
+        guided(denoiser, info, settings.guidance_scale),
+        info.event_shape,
+        drawn,
+        cond=cond,
+        solver=build_solver(settings),
+        times=build_times(settings, denoiser.process),
+        batch_size=settings.batch_size,
+        sharding=parallel.batch_sharding(mesh) if mesh.size > 1 else None,
+    )
+    out = jax.tree.map(lambda rows: rows[:count], jax.block_until_ready(out))
+    if info.pixels:
+        out = dataclasses.replace(out, x=jnp.clip(out.x, -1, 1))
+    return out, count / (time.perf_counter() - begun)
 
 
 def evaluate(
-    config: cfg.Config, state: TrainState, source: ArraySource, mesh, *, steps_per_second=None
+    config: cfg.Config,
+    denoiser: Denoiser,
+    source: Source,
+    held_out: Source,
+    mesh,
+    *,
+    steps_per_second: float | None = None,
+    name: str = "",
 ) -> dict[str, float]:
-    """Sample from the averaged weights, write pictures and figures, and print a table.
+    """Sample, write figures and pictures, and print a table.
 
-    Writes samples.png and evaluation.json into the run directory. The floor of each distance is
-    the same distance between real train and real held-out data, with as many examples.
+    Writes evaluation<name>.json and samples<name>.png into the run directory. The floor of each
+    distance is the same distance between real train and real held-out data, with as many examples.
     """
-    run_dir, settings = Path(config.run_dir), config.evaluation
-    held_out = cfg.build_source(config.data, "test")
-    denoiser = state.players["model"].averaged()
+    run_dir, settings, info = Path(config.run_dir), config.evaluation, DataInfo.of(source)
     count = settings.num_samples
-    cond = requested_classes(count, source.num_classes)
+    cond = requested(held_out, info, count)
     key = jax.random.key(config.seed + 1)
-    samples, out, rate = draw(config, denoiser, source, mesh, key, cond, count)
+    out, rate = draw(settings, denoiser, info, mesh, key, cond, count)
+    samples = np.asarray(out.x)
 
     chosen = np.random.default_rng(0).permutation(len(source))[: min(count, len(source))]
-    real, test = source[chosen]["x"], held_out[np.arange(len(held_out))]
+    real, test = source[chosen], held_out[np.arange(len(held_out))]
     figures = {
         "nfe": int(out.nfe[0]),
         "images_per_second": rate,
         "train_steps_per_second": steps_per_second,
         "sliced_wasserstein": _sliced(samples, test["x"]),
-        "sliced_wasserstein_floor": _sliced(real, test["x"]),
+        "sliced_wasserstein_floor": _sliced(real["x"], test["x"]),
     }
     rows = [_row("sliced Wasserstein distance", figures, "sliced_wasserstein", "{:.4f}")]
-    if len(source.event_shape) == 3 and source.num_classes is not None:
+    if measurable(info, settings):
         classifier = load_classifier(config, source)
-        figures |= _recognition(classifier, samples, cond, real, test)
+        figures |= _recognition(classifier, samples, cond, real["x"], test)
         rows = [
             _row("class accuracy", figures, "accuracy", "{:.1%}"),
             _row("Frechet distance", figures, "frechet", "{:.3f}"),
             *rows,
         ]
-    _picture(run_dir, samples, cond, test["x"], settings, source)
-    write_json(run_dir / "evaluation.json", figures)
+    write_json(run_dir / f"evaluation{name}.json", figures)
     speed = f"{figures['images_per_second']:.0f} images/s (compilation included)"
     if steps_per_second:
         speed += f", {steps_per_second:.1f} training steps/s"
+    speed += f", {figures['nfe']} network evaluations each"
     header = (f"{count} samples", "samples", "real train data")
     print(f"\n{report.table(rows, header)}\n\n{speed}; figures and pictures are in {run_dir}")
+    picture(run_dir / f"samples{name}.png", samples, cond, test["x"], settings, info)
     return figures
+
+
+def measurable(info: DataInfo, settings: cfg.EvaluationConfig) -> bool:
+    """Whether the classifier can measure the samples: images of even sides, in classes alone."""
+    shape = info.event_shape
+    images = len(shape) == 3 and shape[0] % 2 == 0 and shape[1] % 2 == 0
+    return images and bool(info.classes) and not info.cond and settings.classifier_steps > 0
 
 
 def _sliced(x: np.ndarray, y: np.ndarray) -> float:
@@ -198,16 +271,80 @@ def _recognition(classifier, samples, cond, real, test) -> dict[str, float]:
     }
 
 
-def _picture(run_dir, samples, cond, reference, settings, source) -> None:
-    path = run_dir / "samples.png"
-    if len(source.event_shape) == 1:
+def picture(path: Path, samples, cond, reference, settings, info: DataInfo) -> None:
+    """Write what the samples look like: a grid with a row for each class, or points."""
+    if len(info.event_shape) != 3:
         report.scatter(samples, reference, path)
         return
-    if cond is None:
-        report.image_grid(samples[:100], path, columns=10)
+    if info.cond or cond is None:
+        report.image_grid(samples[:100], path, columns=min(10, len(samples)), pixels=info.pixels)
         return
-    classes = range(source.num_classes)
-    columns = max(1, min(settings.per_class, len(samples) // source.num_classes))
-    rows = [samples[np.asarray(cond) == c][:columns] for c in classes]
-    titles = [str(c) for c, row in zip(classes, rows, strict=True) if len(row)]
-    report.image_grid(np.concatenate(rows), path, columns=columns, titles=titles)
+    labels = np.asarray(cond)
+    columns = max(1, min(settings.per_class, len(samples) // len(info.classes)))
+    rows = {label: samples[labels == label][:columns] for label in info.classes}
+    full = {label: row for label, row in rows.items() if len(row) == columns}
+    titles = [info.name_of(label) for label in full]
+    images = np.concatenate(list(full.values()))
+    report.image_grid(images, path, columns=columns, titles=titles, pixels=info.pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure again; see `EvaluationConfig` for what is not said here.
+
+    Attributes:
+        run_dir: directory written by train.pretrain.
+        name: of the figures, evaluation-<name>.json; None for the solver and its steps.
+        data_path: where the data are, if they have moved.
+    """
+
+    run_dir: Annotated[str, tyro.conf.Positional]
+    num_samples: int | None = None
+    guidance_scale: float | None = None
+    solver: cfg.SolverName | None = None
+    sampling_steps: int | None = None
+    times: cfg.TimesName | None = None
+    order: int | None = None
+    eta: float | None = None
+    churn: float | None = None
+    average: int | None = None
+    batch_size: int | None = None
+    classifier_steps: int | None = None
+    name: str | None = None
+    data_path: str | None = None
+
+
+def changed(config: cfg.Config, options: Any) -> cfg.Config:
+    """A run's configuration with the evaluation that the options want."""
+    names = {f.name for f in dataclasses.fields(cfg.EvaluationConfig)}
+    given = {k: v for k, v in vars(options).items() if k in names and v is not None}
+    # Another solver does not take the options of the run's own.
+    if given.get("solver", config.evaluation.solver) != config.evaluation.solver:
+        given = {"order": None, "eta": None, "churn": None, **given}
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
+    cfg.check(config)
+    build_solver(config.evaluation)
+    return config
+
+
+def main(options: Options) -> dict[str, float]:
+    """Measure a run again."""
+    config = changed(cfg.load_config(options.run_dir), options)
+    if options.data_path is not None:
+        moved = dataclasses.replace(config.data, path=options.data_path)
+        config = dataclasses.replace(config, data=moved)
+    source, held_out = build_sources(config.data)
+    model = load_run(options.run_dir, average=config.evaluation.average).model
+    settings = config.evaluation
+    name = options.name or f"{settings.solver}-{settings.sampling_steps}"
+    return evaluate(config, model, source, held_out, parallel.make_mesh(), name=f"-{name}")
+
+
+def cli(args: list[str] | None = None) -> int:
+    """The command line; the exit status."""
+    options = tyro.cli(Options, args=args)
+    return run(lambda: main(options))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,68 +1,83 @@
 """Train a diffusion model on real data, sample it, and measure the samples.
 
     python -m train.pretrain digits
+    python -m train.pretrain folder --data.path PATH
     python -m train.pretrain cifar10 --data.path PATH --network.bfloat16
 
-The same command again goes on where the run stopped, whatever stopped it.
+The same command again goes on where the run stopped, whatever stopped it; so does
+`python -m train.resume RUN`, without flags.
 """
 
-import json
+import dataclasses
 import sys
-import time
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import numpy as np
 import tyro
-from tqdm import tqdm
 
 from jaxdiff import parallel
+from jaxdiff._tree import jit
 from jaxdiff.data import make_loader
 from jaxdiff.training import (
     CheckpointStore,
     Hook,
-    Interrupted,
+    Player,
     TrainState,
     fit,
     init_train_state,
+    load_run,
     make_train_step,
-    write_json,
+    save_model,
 )
 from train import config as cfg
 from train import report
-from train.evaluate import evaluate
+from train.data import DataInfo, Source, build_sources
+from train.evaluate import build_solver, draw, evaluate, picture, requested
+from train.runner import MetricsLog, restore_weights, run
 
 
 def main(config: cfg.Config) -> TrainState:
     """Train, or go on training, and evaluate."""
+    cfg.check(config)
+    build_solver(config.evaluation)  # refuses options that the solver does not have
     run_dir = Path(config.run_dir)
-    store = CheckpointStore(run_dir / "checkpoints", keep=config.keep_checkpoints)
     check_config(config, run_dir)
-    source = cfg.build_source(config.data)
-    players = {"model": cfg.build_player(config, source)}
+    source, held_out = build_sources(config.data)
+    info = DataInfo.of(source)
+    player = cfg.build_player(config, info)
     mesh = parallel.make_mesh()
     check_batch(config, mesh)
+    loader = make_loader(source, config.batch_size, seed=config.seed, flip=config.data.flip)
+    store = CheckpointStore(run_dir / "checkpoints", keep=config.keep_checkpoints)
+    if config.init_from and not store.steps():
+        player = begin_from(player, config.init_from)
+    players = {"model": player}
+    save_model(run_dir, players, **dataclasses.asdict(info))
 
     state = init_train_state(players, jax.random.key(config.seed))
     if mesh.size > 1:
         state = parallel.replicate(state, mesh)
-    batches = iter(make_loader(source, config.batch_size, seed=config.seed, flip=config.data.flip))
-    run_dir.mkdir(parents=True, exist_ok=True)
+    batches = iter(loader)
     restored = store.restore_latest(state.unpack())
     if restored is not None:
         unpacked, data_state, _ = restored
         state = TrainState.pack(**unpacked)
         batches.set_state(data_state)
         print(f"Going on from step {int(state.step)} of {config.steps} in {run_dir}.")
-    write_json(run_dir / "config.json", cfg.to_json(config))
+    cfg.save_config(config)
 
-    first = int(state.step)
-    log = MetricsLog(run_dir, first, config)
+    log = MetricsLog(run_dir, int(state.step), config.steps, tensorboard=config.tensorboard)
+    hooks = [Hook(config.log_every, log, before_checkpoint=True)]
+    if config.sample_every:
+        hooks.append(Hook(config.sample_every, Watch(config, info, held_out, mesh, log)))
     state = fit(
         make_train_step(players),
         state,
         batches,
         num_steps=config.steps,
-        hooks=[Hook(config.log_every, log, before_checkpoint=True)],
+        hooks=hooks,
         store=store,
         checkpoint_every=config.checkpoint_every,
         config=cfg.to_json(config),
@@ -70,7 +85,8 @@ def main(config: cfg.Config) -> TrainState:
     )
     log.close()
     report.loss_curve(run_dir)
-    evaluate(config, state, source, mesh, steps_per_second=log.rate)
+    model = state.players["model"].averaged(index=config.evaluation.average)
+    evaluate(config, model, source, held_out, mesh, steps_per_second=log.rate)
     return state
 
 
@@ -83,7 +99,7 @@ def check_config(config: cfg.Config, run_dir: Path) -> None:
     if differences:
         raise ValueError(
             f"The configuration contradicts the run in {run_dir}: {'; '.join(differences)}. Use "
-            "the same values, or another --run-dir."
+            "the same values, or another --run-dir, with --init-from to begin with its weights."
         )
 
 
@@ -95,70 +111,47 @@ def check_batch(config: cfg.Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-class MetricsLog:
-    """Writes metrics as JSON lines and shows a progress bar; attribute `rate` is steps/s."""
+def begin_from(player: Player, run_dir: str) -> Player:
+    """A player whose network begins with the averaged weights of another run."""
+    found = load_run(run_dir)
+    network, missing, left = restore_weights(player.model.network, found.model.network)
+    print(f"Beginning with the weights of step {found.step} in {run_dir}.")
+    for names, what in ((missing, "begin anew"), (left, "are left out")):
+        if names:
+            print(f"  {len(names)} weights {what}: {', '.join(names)}")
+    return eqx.tree_at(lambda p: p.model.network, player, network)
 
-    def __init__(self, run_dir: Path, first_step: int, config: cfg.Config):
-        self.path = run_dir / "metrics.jsonl"
-        self._forget_after(first_step)
-        self.rate = None
-        self.begun = None  # the first interval holds the compilation
-        self.bar = tqdm(total=config.steps, initial=first_step, unit="step", file=sys.stderr)
-        self.writer = None
-        if config.tensorboard:
-            from tensorboardX import SummaryWriter
 
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+@jit
+def _loss_of(loss, model, key, batch):
+    return loss(model, key, batch, {})[0]
 
-    def _forget_after(self, step: int) -> None:
-        """Drop lines of steps after the checkpoint, which will be trained again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                continue  # a line cut short by a kill
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.rename(self.path)
+
+class Watch:
+    """Between steps: a picture of samples, and the loss of the averaged weights on held-out data.
+
+    The same examples, times and noise each time, so that the curve shows the model alone.
+    """
+
+    def __init__(self, config: cfg.Config, info: DataInfo, held_out: Source, mesh, log: MetricsLog):
+        self.config, self.info, self.mesh, self.log = config, info, mesh, log
+        chosen = np.random.default_rng(config.seed).permutation(len(held_out))
+        self.batch = held_out[np.sort(chosen[: min(256, len(held_out))])]
+        self.loss = cfg.build_loss(config, info)
+        count = 64 if info.num_classes is None else config.evaluation.per_class * len(info.classes)
+        self.cond = requested(held_out, info, count)
+        self.count = count
 
     def __call__(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
-        """Write one line."""
-        now = time.perf_counter()
-        if self.begun is None:
-            self.begun = (step, now)
-        elif step > self.begun[0]:
-            self.rate = (step - self.begun[0]) / (now - self.begun[1])
-        record = {"step": step, **metrics, "steps_per_second": self.rate}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
-        self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def close(self) -> None:
-        """Finish the progress bar and the event file."""
-        self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
-
-
-def run(fn) -> int:
-    """Call `fn`; an error becomes one line and an exit status."""
-    try:
-        fn()
-    except Interrupted as stop:
-        print(f"\n{stop} A checkpoint is written; the same command goes on.", file=sys.stderr)
-        return 128 + stop.signum
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    return 0
+        """Write samples/<step>.png, and one line of the log."""
+        config, key = self.config, jax.random.key(self.config.seed + 1)
+        model = state.players["model"].averaged(index=config.evaluation.average)
+        self.log.add(step, {"held_out_loss": float(_loss_of(self.loss, model, key, self.batch))})
+        out, _ = draw(config.evaluation, model, self.info, self.mesh, key, self.cond, self.count)
+        folder = Path(config.run_dir) / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{step:08d}.png"
+        picture(path, np.asarray(out.x), self.cond, self.batch["x"], config.evaluation, self.info)
 
 
 def cli(args: list[str] | None = None) -> int:

@@ -28,7 +28,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def loss_curve(run_dir: Path) -> None:
     """Write loss.png: the training loss against the step."""
-    records = read_metrics(run_dir)
+    records = [record for record in read_metrics(run_dir) if "loss" in record]
+    held_out = [record for record in read_metrics(run_dir) if "held_out_loss" in record]
     figure, axes = plt.subplots(figsize=(6, 3.5))
     steps, values = ([r[name] for r in records] for name in ("step", "loss"))
     axes.plot(steps, values, lw=0.8, alpha=0.5, label="mean over the logging interval")
@@ -36,34 +37,79 @@ def loss_curve(run_dir: Path) -> None:
         width = len(values) // 10
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, lw=1.8, label=f"mean of {width} intervals")
+    if held_out:
+        at, found = ([r[name] for r in held_out] for name in ("step", "held_out_loss"))
+        axes.plot(at, found, "o-", ms=3, lw=1, label="averaged weights, held-out data")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend(frameon=False)
     save_figure(figure, run_dir / "loss.png")
 
 
-def image_grid(images: np.ndarray, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
-    """Write images `(n, H, W, C)` in [-1, 1] as a grid, row by row, with a title for each row."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.6 * columns, 0.6 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.axis("off")
-    for axis, image in zip(axes.flat, images, strict=False):
-        pixels = np.clip((np.asarray(image, np.float32) + 1) / 2, 0, 1)
-        axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    for row, title in enumerate(titles):
-        axes[row, 0].text(
-            -0.4, 0.5, title, transform=axes[row, 0].transAxes, va="center", ha="right"
-        )
+def image_grid(
+    images: np.ndarray,
+    path: Path,
+    *,
+    columns: int,
+    titles: Sequence[str] = (),
+    pixels: bool = True,
+) -> None:
+    """Write images as a grid, row by row, with a title for each row.
+
+    Args:
+        images: `(n, H, W, C)`, pixels in [-1, 1], or anything else with any number of channels,
+            which are shown side by side, each over its own range.
+        path: the PNG file.
+        columns: images in a row.
+        titles: of the rows.
+        pixels: whether they are pixels.
+    """
+    images = np.asarray(images, np.float32)
+    if pixels and images.shape[-1] in (1, 3):
+        shown = np.clip((images + 1) / 2, 0, 1)
+    else:
+        low, high = images.min((0, 1, 2)), images.max((0, 1, 2))
+        scaled = (images - low) / np.where(high > low, high - low, 1)
+        shown = np.moveaxis(scaled, 3, 2).reshape(*images.shape[:2], -1, 1)
+    count, height, width, channels = shown.shape
+    rows, gap = -(-count // columns), max(1, height // 16)
+    canvas = np.ones((rows * (height + gap), columns * (width + gap), channels), np.float32)
+    for i, image in enumerate(shown):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    size = 0.6 * columns * width / height, 0.6 * rows
+    figure, axis = plt.subplots(figsize=size)
+    kinds = {"cmap": "gray"} if channels == 1 else {}
+    axis.imshow(canvas.squeeze(), vmin=0, vmax=1, interpolation="nearest", **kinds)
+    axis.set(xticks=[], yticks=[(row + 0.5) * (height + gap) for row in range(len(titles))])
+    axis.set_yticklabels(titles)
+    axis.tick_params(length=0)
+    axis.set_frame_on(False)
     save_figure(figure, path)
 
 
-def scatter(points: np.ndarray, reference: np.ndarray, path: Path) -> None:
-    """Write samples in the plane `(n, 2)` beside real points."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4), sharex=True, sharey=True)
-    for axis, values, title in zip(axes, (reference, points), ("data", "samples"), strict=True):
-        axis.scatter(*np.asarray(values).T, s=2, alpha=0.4, lw=0)
-        axis.set(title=title, aspect="equal")
+def scatter(points: np.ndarray, reference: np.ndarray | None, path: Path) -> None:
+    """Write samples `(n, d)`, and real points beside them if there are any.
+
+    In the plane as they are; on the line as a histogram; in more dimensions, the two principal
+    ones of the real points.
+    """
+    parts = {"data": reference, "samples": points}
+    shown = {name: np.asarray(v, float) for name, v in parts.items() if v is not None}
+    first = next(iter(shown.values()))
+    if first.shape[1] > 2:
+        centre = first.mean(0)
+        directions = np.linalg.svd(first - centre, full_matrices=False)[2][:2]
+        shown = {name: (values - centre) @ directions.T for name, values in shown.items()}
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(4 * len(shown), 4), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, (title, values) in zip(axes[0], shown.items(), strict=True):
+        if values.shape[1] == 1:
+            axis.hist(values[:, 0], bins=60, density=True)
+            axis.set(title=title)
+        else:
+            axis.scatter(*values.T, s=2, alpha=0.4, lw=0)
+            axis.set(title=title, aspect="equal")
     save_figure(figure, path)
 
 

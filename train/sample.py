@@ -6,7 +6,7 @@ python -m train.sample runs/digits --num-samples 64 --labels 3 8 --guidance-scal
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,98 +14,123 @@ import numpy as np
 import tyro
 
 from jaxdiff import parallel
-from jaxdiff.training import CheckpointStore, TrainState, init_train_state
+from jaxdiff.data import save_images
+from jaxdiff.training import load_run
 from train import config as cfg
-from train import report
-from train.evaluate import draw
-from train.pretrain import run
+from train.data import DataInfo
+from train.evaluate import changed, draw, picture, requested_classes
+from train.runner import run
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to sample, and how.
+    """What to sample, and how; None for what the run's own evaluation does.
 
     Attributes:
         run_dir: directory written by train.pretrain.
         num_samples: how many.
-        labels: classes, taken in turn; none for all classes.
-        guidance_scale: None for the run's own; 1 is the plain conditional model.
-        solver: None for the run's own.
-        sampling_steps: None for the run's own.
-        batch_size: samples computed at a time; None for the run's own.
+        labels: classes, by number or name, taken in turn; none for all that were trained.
+        cond: npz file of conditions, "cond" or "cond/age" and so on, taken in turn.
+        guidance_scale: 1 is the plain conditional model.
+        solver: name of the solver.
+        sampling_steps: its steps.
+        times: the grid of steps.
+        order: of the solver.
+        eta: noise that the solver adds.
+        churn: noise that "heun" adds.
+        average: which average of the weights, counted from 0.
+        batch_size: samples computed at a time.
         seed: seed of the samples.
-        out: file name without suffix; None for samples-<seed> in the run directory.
-        data_path: where the data are, if they have moved.
+        out: directory of the samples; None for samples-<seed> in the run directory.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional]
     num_samples: int = 64
-    labels: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    cond: str | None = None
     guidance_scale: float | None = None
     solver: cfg.SolverName | None = None
     sampling_steps: int | None = None
+    times: cfg.TimesName | None = None
+    order: int | None = None
+    eta: float | None = None
+    churn: float | None = None
+    average: int | None = None
     batch_size: int | None = None
     seed: int = 0
     out: str | None = None
-    data_path: str | None = None
-
-
-def load_run(run_dir: str, data_path: str | None = None):
-    """Configuration, training data and newest state of a run.
-
-    Raises:
-        ValueError: if the directory holds no run, or the run no checkpoint.
-    """
-    config = dataclasses.replace(cfg.load_config(run_dir), run_dir=run_dir)
-    if data_path is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data_path))
-    source = cfg.build_source(config.data)
-    template = init_train_state({"model": cfg.build_player(config, source)}, jax.random.key(0))
-    restored = CheckpointStore(Path(run_dir) / "checkpoints").restore_latest(template.unpack())
-    if restored is None:
-        raise ValueError(f"The run in {run_dir} has no checkpoint yet. Train it first.")
-    return config, source, TrainState.pack(**restored[0])
 
 
 def main(options: Options) -> None:
-    """Draw samples and write them as npz and as a picture."""
-    config, source, state = load_run(options.run_dir, options.data_path)
-    changes = {
-        name: getattr(options, name)
-        for name in ("guidance_scale", "solver", "sampling_steps", "batch_size")
-        if getattr(options, name) is not None
-    }
-    settings = dataclasses.replace(config.evaluation, **changes)
-    config = dataclasses.replace(config, evaluation=settings)
-    count = options.num_samples
-    cond = None
-    if source.num_classes is not None:
-        labels = np.asarray(options.labels or range(source.num_classes), np.int32)
-        if labels.min() < 0 or labels.max() > source.num_classes:
-            raise ValueError(
-                f"`labels` must lie in [0, {source.num_classes}), or be {source.num_classes} for "
-                f"none, got {labels.tolist()}."
-            )
-        cond = jnp.asarray(np.resize(labels, count))
-    elif options.labels:
-        raise ValueError("`labels` must be empty: the run has no classes.")
-    denoiser = state.players["model"].averaged()
-    key = jax.random.key(options.seed)
-    samples, out, rate = draw(config, denoiser, source, parallel.make_mesh(), key, cond, count)
-
+    """Draw samples and write them: arrays, a picture, and images of their own by class."""
+    config = changed(cfg.load_config(options.run_dir), options)
+    settings, count = config.evaluation, options.num_samples
+    model, step, stored, _ = load_run(options.run_dir, average=settings.average)
+    info = DataInfo.from_json(stored)
+    cond = conditions(options, info)
     target = Path(options.out or Path(options.run_dir) / f"samples-{options.seed}")
-    arrays = {"x": samples} if cond is None else {"x": samples, "cond": np.asarray(cond)}
-    np.savez(f"{target}.npz", **arrays)
-    if len(source.event_shape) == 3:
-        report.image_grid(samples, Path(f"{target}.png"), columns=min(count, 10))
-    else:
-        report.scatter(samples, source[np.arange(len(source))]["x"], Path(f"{target}.png"))
+    target.mkdir(parents=True, exist_ok=True)
+    key = jax.random.key(options.seed)
+    out, rate = draw(settings, model, info, parallel.make_mesh(), key, cond, count)
+
+    samples = np.asarray(out.x)
+    arrays = {"x": samples}
+    if isinstance(cond, dict):
+        arrays |= {f"cond/{name}": np.asarray(values) for name, values in cond.items()}
+    elif cond is not None:
+        arrays["cond"] = np.asarray(cond)
+    np.savez(target / "samples.npz", **arrays)
+    labels = None if info.cond or cond is None else np.asarray(cond)
+    if info.pixels and info.event_shape[-1] in (1, 3):
+        save_images(target / "images", samples, labels, class_names=info.class_names)
+    picture(target / "samples.png", samples, cond, None, settings, info)
     print(
-        f"{count} samples of step {int(state.step)}, {int(out.nfe[0])} evaluations each, "
-        f"{rate:.1f} images/s (compilation included): {target}.npz, {target}.png"
+        f"{count} samples of step {step}, {int(out.nfe[0])} evaluations each, "
+        f"{rate:.1f} images/s (compilation included), in {target}"
     )
 
 
+def conditions(options: Options, info: DataInfo) -> Any:
+    """What to sample with, one for each sample.
+
+    Raises:
+        ValueError: for classes or conditions that the run was not trained with.
+    """
+    if options.cond is not None:
+        with np.load(options.cond) as file:
+            found = {
+                name.removeprefix("cond/"): file[name]
+                for name in file
+                if name == "cond" or name.startswith("cond/")
+            }
+        found = {"label" if name == "cond" else name: rows for name, rows in found.items()}
+        wanted = set(info.cond) | ({"label"} if info.num_classes is not None else set())
+        if set(found) != wanted:
+            raise ValueError(
+                f"`cond` must hold the conditions {sorted(wanted)}, got {sorted(found)}."
+            )
+        rows = np.arange(options.num_samples) % len(next(iter(found.values())))
+        chosen = {name: jnp.asarray(values[rows]) for name, values in found.items()}
+        return chosen["label"] if set(chosen) == {"label"} else chosen
+    if info.cond:
+        raise ValueError(
+            f"`cond` must say what to sample: the run was trained with {sorted(info.cond)}. Pass "
+            "an npz file."
+        )
+    names = {info.name_of(label): label for label in range(info.num_classes or 0)}
+    names |= {str(label): label for label in range((info.num_classes or -1) + 1)}
+    if unknown := [label for label in options.labels if label not in names]:
+        known = f"{sorted(names)}, {info.num_classes} for none" if names else "left out: no classes"
+        raise ValueError(f"`labels` must be among {known}, got {unknown[0]!r}.")
+    classes = tuple(names[label] for label in options.labels) or info.classes
+    return requested_classes(options.num_samples, classes)
+
+
+def cli(args: list[str] | None = None) -> int:
+    """The command line; the exit status."""
+    options = tyro.cli(Options, args=args)
+    return run(lambda: main(options))
+
+
 if __name__ == "__main__":
-    options = tyro.cli(Options)
-    sys.exit(run(lambda: main(options)))
+    sys.exit(cli())

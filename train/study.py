@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff.data import ArraySource
 from jaxdiff.denoiser import Denoiser, find_network
 from jaxdiff.geometry import Spectrum, fit_gaussian, ring_frequencies
 from jaxdiff.networks import tap_names
 from jaxdiff.solvers import resolve_times
-from train import config as cfg
 from train import editing, figures, geometry
+from train.data import Source
 
 if TYPE_CHECKING:
     from train.analyze import Options
@@ -55,16 +54,15 @@ class Study(NamedTuple):
 
 
 def prepare(
-    options: "Options", config: cfg.Config, source: ArraySource, denoiser: Denoiser
+    options: "Options", held_out: Source, denoiser: Denoiser
 ) -> tuple[Study, list[figures.Row]]:
     """Choose held-out examples and invert them."""
-    event = jnp.zeros(source.event_shape)
+    event = jnp.zeros(held_out.event_shape)
     network = find_network(denoiser)
-    null = source.num_classes
+    null = held_out.num_classes
     taps = tap_names(network.network, *network.inputs(event, jnp.ones(())), null)
     if options.tap not in taps:
         raise ValueError(f"`tap` must be one of the network's taps, {taps}, got {options.tap!r}.")
-    held_out = cfg.build_source(config.data, "test")
     if options.num_samples > len(held_out):
         raise ValueError(
             f"`num_samples` must be at most the {len(held_out)} held-out examples, got "
@@ -132,7 +130,7 @@ def local_bases(study: Study) -> Bases:
     return Bases(steps, study.grid[steps], np.asarray(split(values)), plain, labelled)
 
 
-def structure(study: Study, source: ArraySource, bases: Bases) -> list[figures.Row]:
+def structure(study: Study, source: Source, bases: Bases) -> list[figures.Row]:
     """Figures of the spectra, and of the score's structure."""
     options, count, times = study.options, study.options.structure_samples, bases.times
     step, i = np.asarray(list(itertools.product(bases.steps, range(count)))).T

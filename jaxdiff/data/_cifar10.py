@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxdiff.data._images import decode_image
+from jaxdiff.data._images import open_image, pixels_of
 from jaxdiff.data._sources import ArraySource, array_source, check_exists
 
 _SHAPE = (32, 32, 3)
+_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 
 
 def cifar10(path, split: str = "train") -> ArraySource:
@@ -43,7 +47,7 @@ def cifar10(path, split: str = "train") -> ArraySource:
     parts = [_read(file) for file in files]
     images = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
-    return array_source(images, labels, num_classes=10)
+    return array_source(images, labels, num_classes=10, class_names=_CLASSES)
 
 
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +60,7 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
         name = f"image {row} of {str(file)!r}"
         if data is None:
             raise ValueError(f"{name} must be an encoded image, got null. Fetch the file again.")
-        image = decode_image(data, name)
+        image = pixels_of(open_image(data, name), name)
         if image.shape != _SHAPE:
             raise ValueError(
                 f"{name} must be RGB of 32x32 pixels, got (height, width, channels) "

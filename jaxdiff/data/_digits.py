@@ -34,7 +34,10 @@ def digits(split: str = "train") -> ArraySource:
     held_out = _held_out(labels)
     chosen = held_out if split == "test" else ~held_out
     x = (images[chosen] / 8 - 1).reshape(-1, 8, 8, 1)
-    return array_source(x, labels[chosen].astype(np.int32), num_classes=10)
+    labels = labels[chosen].astype(np.int32)
+    return array_source(
+        x, labels, num_classes=10, class_names=[str(digit) for digit in range(10)], pixels=True
+    )
 
 
 def _held_out(labels: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import gzip
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,37 @@ def idx(images_path, labels_path=None, *, num_classes: int | None = None) -> Arr
             f"{len(images)} images. Pair the files of the same split."
         )
     return array_source(images, labels, num_classes=num_classes)
+
+
+def mnist(path, split: str = "train") -> ArraySource:
+    """MNIST, or a set of its form: 28x28x1, ten classes.
+
+    Args:
+        path: directory of the four files `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
+            `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`, plain or gzipped (".gz").
+        split: "train" or "test" (t10k).
+
+    Returns:
+        A source of (28, 28, 1) images in the order of the files.
+
+    Raises:
+        FileNotFoundError: for a missing directory or file.
+        ValueError: for another split, and all that `idx` rejects.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
+    directory, part = check_exists(path), {"train": "train", "test": "t10k"}[split]
+    found = []
+    for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"):
+        files = [directory / name, directory / f"{name}.gz"]
+        there = [file for file in files if file.exists()]
+        if not there:
+            raise FileNotFoundError(
+                f"`path` must be a directory with the file `{name}` or `{name}.gz`, found none in "
+                f"{str(directory)!r}. Point it at the folder that holds them."
+            )
+        found.append(there[0])
+    return replace(idx(*found, num_classes=10), class_names=tuple(map(str, range(10))))
 
 
 def _read(path, argument: str, ndim: int) -> np.ndarray:

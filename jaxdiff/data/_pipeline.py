@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdiff.data._folder import FolderSource
 from jaxdiff.data._sources import ArraySource, Source
 
 
@@ -40,7 +41,7 @@ def make_loader(
     source, the seed and the order it belongs to, and is refused by others.
 
     Args:
-        source: any random-access source; an `ArraySource` is read a whole batch at a time.
+        source: any random-access source; the library's own are read a whole batch at a time.
         batch_size: B, the global batch size, a multiple of `process_count`.
         seed: in [0, 2^32); fixes order and flips.
         flip: mirror each image left to right with probability 1/2.
@@ -213,7 +214,7 @@ def _per_epoch(count: int, table: Callable[[int], np.ndarray]):
 
 
 def _gather(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
-    if isinstance(source, ArraySource):
+    if isinstance(source, (ArraySource, FolderSource)):  # read a batch at a time
         return source[indices]
     examples = [source[int(i)] for i in indices]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)

@@ -12,6 +12,7 @@ from jaxdiff.networks._layers import (
     Attention,
     ConditionEmbedding,
     Network,
+    arguments_of,
     check_rate,
     dropout,
     fold,
@@ -164,6 +165,7 @@ class DiT(Network):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.arguments = arguments_of(locals())
         self.shape = image_shape(image_size, in_channels)
         height, width, _ = self.shape
         if height % patch_size or width % patch_size or hidden % num_heads or hidden % 4:

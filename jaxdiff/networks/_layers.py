@@ -216,6 +216,11 @@ def with_attention(network: nnx.Module, implementation: str) -> nnx.Module:
     for _, module in nnx.iter_graph(copy):
         if isinstance(module, Attention):
             module.implementation = implementation
+        if isinstance(module, Network):
+            module.arguments = tuple(
+                (name, implementation if name == "attention" else value)
+                for name, value in module.arguments
+            )
     return copy
 
 
@@ -353,10 +358,12 @@ class Network(nnx.Module):
     Attributes:
         shape: that of an example.
         embedding: of the noise label and conditions; its output is the tap "emb".
+        arguments: what it was made with but for `rngs`, names and values.
     """
 
     shape: tuple[int, ...]
     embedding: ConditionEmbedding
+    arguments: tuple[tuple[str, Any], ...]
 
     @abstractmethod
     def forward(
@@ -409,6 +416,15 @@ class Network(nnx.Module):
         emb, tokens, token_mask = self.embedding(t, cond)
         emb = tap("emb", emb)
         return self.forward(tap, x, emb, key, tokens, token_mask).astype(x.dtype)
+
+
+def arguments_of(given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """`Network.arguments` from the `locals()` with which `__init__` begins."""
+    return tuple(
+        (name, tuple(value) if isinstance(value, list) else value)
+        for name, value in given.items()
+        if name not in ("self", "rngs", "__class__")
+    )
 
 
 def image_shape(image_size: int | tuple[int, int], channels: int) -> tuple[int, int, int]:

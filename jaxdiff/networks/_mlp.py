@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray
 from jaxdiff.networks._layers import (
     ConditionEmbedding,
     Network,
+    arguments_of,
     check_rate,
     dropout,
     fold,
@@ -77,6 +78,7 @@ class MLP(Network):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.arguments = arguments_of(locals())
         if hidden < 4 or hidden % 2:
             raise ValueError(f"`hidden` must be even and at least 4, got {hidden}.")
         check_rate(dropout)

@@ -12,6 +12,7 @@ from jaxdiff.networks._layers import (
     Attention,
     ConditionEmbedding,
     Network,
+    arguments_of,
     check_rate,
     dropout,
     fold,
@@ -245,6 +246,7 @@ class UNet(Network):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.arguments = arguments_of(locals())
         levels = len(channel_mults)
         self.shape = image_shape(image_size, in_channels)
         height, width, _ = self.shape

@@ -45,6 +45,11 @@ class Tabulated(GaussianProcess):
         self.log_alphas_cumprod = jnp.asarray(np.log(np.append(1.0, table)))
 
     @property
+    def arguments(self) -> dict[str, Array]:
+        """What another one would be made with."""
+        return {"alphas_cumprod": jnp.exp(self.log_alphas_cumprod[1:])}
+
+    @property
     def num_timesteps(self) -> int:
         """T, the length of the table."""
         return self.log_alphas_cumprod.shape[0] - 1

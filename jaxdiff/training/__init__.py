@@ -12,6 +12,9 @@ from jaxdiff.training._loop import Hook as Hook
 from jaxdiff.training._loop import Interrupted as Interrupted
 from jaxdiff.training._loop import NonFiniteLossError as NonFiniteLossError
 from jaxdiff.training._loop import fit as fit
+from jaxdiff.training._run import Run as Run
+from jaxdiff.training._run import load_run as load_run
+from jaxdiff.training._run import save_model as save_model
 from jaxdiff.training._step import Follow as Follow
 from jaxdiff.training._step import Frozen as Frozen
 from jaxdiff.training._step import Player as Player

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxdiff._checks import check_count
+
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 # Counts the changes of how networks and training states arrange their arrays.
@@ -84,9 +86,13 @@ class CheckpointStore:
     Args:
         directory: where they are; created at the first save.
         keep: how many to keep.
+
+    Raises:
+        ValueError: for a `keep` below 1, which would keep none.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 3):
+        check_count("keep", keep)
         self.directory = Path(directory).absolute()
         self.keep = keep
 

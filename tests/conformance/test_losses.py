@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -146,11 +147,10 @@ def test_gradients_are_finite_in_any_precision_and_the_same_on_any_devices(name)
     whole, low, over = found(model.network, spread)
     for value, (metrics, *_), slope in (*whole, low, over):
         assert value.dtype == jnp.float32 and value.shape == ()
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((value, metrics, slope)))
+        chex.assert_tree_all_finite((value, metrics, slope))
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(slope))
         assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(slope))
-    for ours, theirs in zip(jax.tree.leaves(over[2]), jax.tree.leaves(whole[0][2]), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(over[2], whole[0][2], rtol=1e-4, atol=1e-6)
 
 
 @each_loss

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,7 @@ def test_dtypes_and_gradients(name):
     arrays = jax.tree.map(jnp.asarray, arrays)
     (_, x), slopes = jax.jit(jax.value_and_grad(final, has_aux=True))(arrays)
     assert x.dtype == jnp.float32
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
+    chex.assert_tree_all_finite(slopes)
 
 
 def test_a_population_goes_around_and_not_inside():

@@ -8,7 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jaxdiff.data import array_source, cifar10, digits, idx, image_folder, npz
+from jaxdiff.data import (
+    array_source,
+    cifar10,
+    digits,
+    idx,
+    image_folder,
+    make_loader,
+    npz,
+    split,
+    without_classes,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -237,14 +247,16 @@ def test_image_folder_without_classes(tmp_path):
 def test_image_folder_resizes_and_converts(tmp_path):
     save(tmp_path / "a/0.png", np.full((10, 20, 3), 200, np.uint8))
     save(tmp_path / "a/1.png", np.full((9, 5), 100, np.uint8))
-    source = image_folder(tmp_path, size=4, mode="L")
+    source = image_folder(tmp_path, resize=4, mode="L")
     assert source.event_shape == (4, 4, 1)
     np.testing.assert_allclose(source.x[:, 0, 0, 0], [200, 100], atol=1)
     # The centre is kept: black margins of a wide image disappear.
     wide = np.zeros((8, 24), np.uint8)
     wide[:, 8:16] = 255
     save(tmp_path / "a/0.png", wide)
-    assert (image_folder(tmp_path, size=8, mode="L").x[0] == 255).all()
+    assert (image_folder(tmp_path, resize=8, mode="L").x[0] == 255).all()
+    squeezed = image_folder(tmp_path, resize=(8, 24), crop="none", mode="L")
+    assert squeezed.event_shape == (8, 24, 1) and (squeezed.x[0, :, :8] == 0).all()
 
 
 def test_image_folder_rejects(tmp_path):
@@ -258,20 +270,147 @@ def test_image_folder_rejects(tmp_path):
         image_folder(tmp_path)
     for bad in (pixels(4, 5, 3), pixels(4, 4)):
         save(tmp_path / "b/1.png", bad)
-        with pytest.raises(ValueError, match=r"b/1.png' must have .*\(4, 4, 3\), got \(4,.*`size`"):
+        message = r"b/1.png' must have .*\(4, 4, 3\), got \(4,.*`resize`"
+        with pytest.raises(ValueError, match=message):
             image_folder(tmp_path)
-    save(tmp_path / "b/1.png", pixels(4, 4, 3), mode="P")
-    with pytest.raises(ValueError, match=r"b/1.png' must be grey .* got mode 'P'"):
-        image_folder(tmp_path)
-    assert len(image_folder(tmp_path, mode="RGB")) == 2
     (tmp_path / "b/1.png").write_bytes(encode(pixels(32, 32, 3))[:500])
     with pytest.raises(ValueError, match=r"b/1.png' .*cannot be decoded") as caught:
         image_folder(tmp_path)
     assert caught.value.__suppress_context__
     with pytest.raises(ValueError, match="`mode` must be"):
         image_folder(tmp_path, mode="rgb")
-    with pytest.raises(ValueError, match="`size` must be"):
-        image_folder(tmp_path, size=0)
+    with pytest.raises(ValueError, match="`resize` must be"):
+        image_folder(tmp_path, resize=0)
+    with pytest.raises(ValueError, match="`crop` must be"):
+        image_folder(tmp_path, crop="random")
+    with pytest.raises(ValueError, match="color"):
+        image_folder(tmp_path, background="nonsense")
+    save(tmp_path / "b/1.png", pixels(4, 4, 3))
+    save(tmp_path / "loose.png", pixels(4, 4, 3))
+    with pytest.raises(ValueError, match=r"2 folders and 1 images beside them, .*'loose.png'"):
+        image_folder(tmp_path)
+
+
+def test_image_folder_shows_what_a_viewer_shows(tmp_path):
+    """Turned by EXIF; sixteen bits and floats by their range; nothing hidden under alpha = 0."""
+
+    def read(name, **options):
+        source = image_folder(tmp_path / name, **options)
+        return source.x[..., 0] if source.event_shape[2] == 1 else source.x
+
+    def write(name, image, **options):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.save(tmp_path / name, **options)
+
+    upright = np.zeros((16, 8, 3), np.uint8)
+    upright[:, 4:] = 255  # right half white
+    for tag, stored in {1: upright, 3: np.rot90(upright, 2), 6: np.rot90(upright),
+                        8: np.rot90(upright, -1), 2: upright[:, ::-1]}.items():  # fmt: skip
+        exif = Image.Exif()
+        exif[274] = tag
+        write(f"exif{tag}/P.JPG", Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+        np.testing.assert_allclose(read(f"exif{tag}")[0], upright, atol=3)
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16)
+    for name in ("deep/scan.png", "deep2/scan.tiff"):
+        write(name, Image.fromarray(ramp.astype(np.uint16)))
+        np.testing.assert_allclose(read(name.split("/")[0])[0], ramp / 257, atol=0.51)
+    write("float/1.tif", Image.fromarray((ramp / 65535).astype(np.float32)))
+    np.testing.assert_allclose(read("float")[0], ramp / 257, atol=0.51)
+    write("bad/1.tif", Image.fromarray((ramp / 255).astype(np.float32)))
+    with pytest.raises(ValueError, match=r"1.tif' must hold floats in \[0, 1\], .* 0 to 257"):
+        read("bad")
+    logo = np.zeros((16, 16, 4), np.uint8)
+    logo[..., 1] = 255  # green that nobody sees
+    logo[4:12, 4:12] = (255, 0, 0, 255)
+    logo[0, 0] = (0, 0, 0, 128)
+    expected = np.full((16, 16, 3), 255)
+    expected[4:12, 4:12] = (255, 0, 0)
+    expected[0, 0] = 127
+    write("rgba/1.png", Image.fromarray(logo))
+    np.testing.assert_allclose(read("rgba")[0], expected, atol=1)
+    assert read("rgba", background="#00f")[0, 2, 2].tolist() == [0, 0, 255]
+    write("palette/1.png", Image.fromarray(logo).quantize(4))
+    np.testing.assert_allclose(read("palette", mode="RGB")[0, 1:], expected[1:], atol=1)
+    write("la/1.png", Image.fromarray(logo[..., :2][..., ::-1].copy(), "LA"))
+    assert read("la")[0, 2, 2] == 255 and read("la", mode="RGB")[0, 2, 2].tolist() == [255] * 3
+    opaque = Image.fromarray(pixels(8, 8, 3)).quantize(8)
+    write("p/1.png", opaque)
+    np.testing.assert_array_equal(read("p")[0], np.asarray(opaque.convert("RGB")))
+    write("bits/1.png", Image.fromarray(np.eye(8, dtype=bool)))
+    np.testing.assert_array_equal(read("bits")[0], 255 * np.eye(8))
+    write("cmyk/1.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=95)
+    np.testing.assert_allclose(read("cmyk")[0], np.tile([255, 0, 0], (8, 8, 1)), atol=4)
+
+
+def test_image_folder_passes_over_what_is_hidden_and_reads_every_suffix(tmp_path):
+    names = ("a/1.png", "a/.ipynb_checkpoints/1.png", "a/deep/__MACOSX/1.png", "b/1.tif",
+             "b/2.TIFF", "__MACOSX/a/1.png", "a/._1.png", ".trash/1.png")  # fmt: skip
+    for name in names:
+        save(tmp_path / name, pixels(4, 4), kind="TIFF" if "tif" in name.lower() else "PNG")
+    source = image_folder(tmp_path)
+    assert np.bincount(source.cond).tolist() == [1, 2] and source.class_names == ("a", "b")
+    (tmp_path / "b/3.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b/3.png' must be an encoded image, got 0 bytes"):
+        image_folder(tmp_path)
+
+
+def test_a_lazy_folder_is_the_same_source(tmp_path):
+    for i in range(10):
+        save(tmp_path / f"{'ab'[i % 2]}/{i}.png", pixels(6, 5, 3))
+    now, lazy = (image_folder(tmp_path, resize=4, lazy=lazy) for lazy in (False, True))
+    for name in ("event_shape", "num_classes", "class_names", "pixels"):
+        assert getattr(now, name) == getattr(lazy, name), name
+    np.testing.assert_array_equal(now.labels, lazy.labels)
+    np.testing.assert_array_equal(now[np.arange(10)]["x"], lazy[np.arange(10)]["x"])
+    np.testing.assert_array_equal(now[3]["x"], lazy[3]["x"])
+    batches = [next(iter(make_loader(source, 4, seed=0))) for source in (now, lazy)]
+    for name in ("x", "cond"):
+        np.testing.assert_array_equal(batches[0][name], batches[1][name])
+    (tmp_path / "b/1.png").write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"b/1.png' must be an encoded image"):
+        lazy[np.arange(10)]
+    save(tmp_path / "b/1.png", pixels(6, 5))
+    with pytest.raises(ValueError, match=r"b/1.png' must have the .* first image, \(4, 4, 3\)"):
+        lazy[5]
+
+
+# Splits.
+
+
+def test_a_split_holds_out_a_part_of_every_class_at_random():
+    labels = np.repeat([0, 1, 2], [100, 40, 7])
+    source = array_source(np.arange(147.0)[:, None], labels, class_names=["x", "y", "z"])
+    train, test = split(source, 0.2)
+    assert np.bincount(test.cond).tolist() == [20, 8, 1]
+    both = np.concatenate([train.x, test.x]).ravel()
+    assert sorted(both) == list(range(147))
+    assert np.all(np.diff(test.x.ravel()) > 0)
+    # Of every class from all over it, whose files may be in an order.
+    first = test.x.ravel()[:20]
+    assert 25 < first.mean() < 75 and np.ptp(first) > 50
+    # Pinned: the split of a run is the same wherever it goes on.
+    assert test.x.ravel()[-9:].tolist() == [106, 109, 112, 124, 126, 131, 134, 136, 140]
+    again, other = split(source, 0.2)[1], split(source, 0.2, seed=1)[1]
+    np.testing.assert_array_equal(again.x, test.x)
+    assert not np.array_equal(other.x, test.x)
+    train, test = split(array_source(np.arange(9.0)[:, None]), 0.1)
+    assert (len(train), len(test)) == (8, 1)
+    few = array_source(np.zeros((3, 1)), [0, 0, 1], class_names=["x", "y"])
+    with pytest.raises(ValueError, match=r"two examples of each .* got 1 of class 1 \(y\)"):
+        split(few, 0.5)
+    with pytest.raises(ValueError, match=r"in \(0, 1\), got 0"):
+        split(source, 0)
+
+
+def test_classes_are_left_out_and_labels_stay():
+    source = array_source(np.arange(6.0)[:, None], [0, 1, 2, 0, 1, 2])
+    left = without_classes(source, [1])
+    assert left.cond.tolist() == [0, 2, 0, 2] and left.num_classes == 3
+    for wrong in ([3], [-1], [0, 1, 2]):
+        with pytest.raises(ValueError, match="Classes to leave out"):
+            without_classes(source, wrong)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 0\)"):
+        without_classes(array_source(np.zeros((3, 2))), [0])
 
 
 # npz and arrays.
@@ -290,13 +429,39 @@ def test_npz(tmp_path):
     np.testing.assert_array_equal(source[np.arange(3)]["x"], latents.astype(np.float32))
 
 
+def test_npz_of_several_conditions_and_a_test_set(tmp_path):
+    text, age = RNG.normal(size=(4, 3)), np.array([0.1, 0.2, 0.3, 0.4])
+    arrays = {"x": np.zeros((4, 2)), "cond/text": text, "cond/age": age, "cond/label": [0, 1, 1, 0]}
+    test = {"x_test": np.ones((2, 2)), "cond_test/text": text[:2], "cond_test/age": age[:2],
+            "cond_test/label": [2, 0]}  # fmt: skip
+    np.savez(tmp_path / "d.npz", **arrays, **test, class_names=["p", "q", "r"])
+    train, held_out = (npz(tmp_path / "d.npz", part) for part in ("train", "test"))
+    assert train.num_classes == held_out.num_classes == 3 and train.class_names == ("p", "q", "r")
+    assert (len(train), len(held_out)) == (4, 2) and held_out.labels.tolist() == [2, 0]
+    batch = next(iter(make_loader(train, 2, seed=0, shuffle=False)))["cond"]
+    np.testing.assert_allclose(batch["text"], text[:2], rtol=1e-6)
+    np.testing.assert_allclose(batch["age"], age[:2], rtol=1e-6)
+    assert batch["label"].dtype == np.int32 and batch["age"].dtype == np.float32
+    with pytest.raises(ValueError, match="has a test set, `x_test`, got None"):
+        npz(tmp_path / "d.npz")
+    np.savez(tmp_path / "v.npz", x=np.zeros((4, 2)), cond=text)
+    assert npz(tmp_path / "v.npz").num_classes is None
+
+
 def test_npz_rejects(tmp_path):
     file = tmp_path / "d.npz"
     with pytest.raises(FileNotFoundError, match="`path` must exist"):
         npz(file)
     np.savez(file, images=pixels(3, 2, 2, 1))
-    with pytest.raises(ValueError, match=r"must hold the array `x` .*\['images'\]"):
+    with pytest.raises(ValueError, match=r"must hold the array `x`, got \['images'\]"):
         npz(file)
+    np.savez(file, x=pixels(3, 2, 2, 1), y=np.arange(3))
+    with pytest.raises(ValueError, match=r"got also \['y'\]"):
+        npz(file)
+    for options, message in ({"split": "test"}, "no `x_test`"), ({"split": "val"}, "'train', 't"):
+        np.savez(file, x=pixels(3, 2, 2, 1))
+        with pytest.raises(ValueError, match=message):
+            npz(file, **options)
     np.savez(file, x=pixels(3, 2, 2, 1), cond=np.arange(3), label=np.arange(3))
     with pytest.raises(ValueError, match="at most one of `cond` and `label`"):
         npz(file)
@@ -329,8 +494,9 @@ def test_eight_bit_images_reach_both_ends_exactly():
         (np.zeros((3, 2, 2), np.uint8), None, r"images \(n, H, W, C\).*x\[..., None\]"),
         (np.zeros((3, 2), int), None, r"uint8 images or floats, got dtype int64"),
         (np.array([[0.0], [np.nan], [np.inf]]), None, r"2 of 3 examples, the first at index 1"),
-        (np.zeros((3, 2)), np.zeros(2, int), r"shape \(3,\), got shape \(2,\)"),
-        (np.zeros((3, 2)), np.zeros((3, 1), int), r"shape \(3,\), got shape \(3, 1\)"),
+        (np.zeros((3, 2)), np.zeros(2, int), r"shape \(3, ...\), got shape \(2,\)"),
+        (np.zeros((3, 2)), np.zeros((3, 1), int), r"got dtype int64 of shape \(3, 1\)"),
+        (np.zeros((3, 2)), {"age": np.arange(3)}, r"`cond\['age'\]` must hold integer labels"),
         (np.zeros((3, 2)), np.zeros(3), r"integer labels, got dtype float64"),
         (np.zeros((3, 2)), np.array([0, -1, 2]), r"\[0, 3\), got -1 at index 1"),
     ],

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from train.sample import load_run
+from runs import state_of
 
 ROOT = Path(__file__).parent.parent.parent
 TOY = [
@@ -42,7 +41,7 @@ def test_killed_a_dozen_times_at_random_moments(tmp_path, seed, measured):
         killed += 1
     done = subprocess.run(command(pieces), **options)
     assert done.returncode == 0, done.stderr
-    mine, hers = (load_run(str(run))[2] for run in (pieces, whole))
+    mine, hers = (state_of(run) for run in (pieces, whole))
     for a, b in zip(mine.arrays, hers.arrays, strict=True):
         np.testing.assert_array_equal(a, b)
     measured(f"stopped {killed} times, then bit for bit the same as a run in one piece")

@@ -12,11 +12,10 @@ import pytest
 import jaxdiff
 from jaxdiff.geometry import Spectrum, TapFeature, power_spectral_density
 from jaxdiff.solvers import FixedPointInversion
-from jaxdiff.training import CheckpointStore, init_train_state
-from jaxdiff.training import write_json as dump
+from jaxdiff.training import CheckpointStore, init_train_state, load_run, save_model
 from train import analyze, editing, figures, report
 from train import config as cfg
-from train.sample import load_run
+from train.data import DataInfo
 
 FIGURES = (
     *("spectra", "directions", "distances_times", "distances_samples", "conditions", "edits"),
@@ -51,8 +50,10 @@ SMALL = {
 def make_run(run_dir, config):
     """A run directory whose weights have left their start, where outputs are zero."""
     config = dataclasses.replace(config, run_dir=str(run_dir))
-    source = cfg.build_source(config.data)
-    state = init_train_state({"model": cfg.build_player(config, source)}, jax.random.key(0))
+    info = DataInfo.of(cfg.build_source(config.data))
+    players = {"model": cfg.build_player(config, info)}
+    save_model(run_dir, players, **dataclasses.asdict(info))
+    state = init_train_state(players, jax.random.key(0))
 
     def move(leaf):
         if not (jnp.ndim(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
@@ -61,7 +62,7 @@ def make_run(run_dir, config):
         return leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype)
 
     CheckpointStore(Path(run_dir) / "checkpoints").save(jax.tree.map(move, state.unpack()), step=1)
-    dump(Path(run_dir) / "config.json", cfg.to_json(config))
+    cfg.save_config(config)
     return run_dir
 
 
@@ -120,10 +121,9 @@ def test_the_report_holds_all_that_gives_its_numbers(folder):
 
 def example(digits):
     """The first example that is analysed, by the documented choice, and the model."""
-    config, source, state = load_run(str(digits))
-    held_out = cfg.build_source(config.data, "test")
+    denoiser = load_run(digits).model
+    held_out = cfg.build_source(cfg.load_config(digits).data, "test")
     index = np.random.default_rng(0).permutation(len(held_out))[0]
-    denoiser = state.players["model"].averaged()
     grid = denoiser.process.times(8, denoiser.process.t_min)[::-1]
     return denoiser, jnp.asarray(held_out[index]["x"]), grid
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import state_of
 
+from jaxdiff.training import load_run
 from train import config as cfg
-from train import pretrain
-from train.sample import Options, load_run
-from train.sample import main as sample_main
+from train import evaluate, pretrain, resume, sample
 
 ROOT = Path(__file__).parent.parent.parent
 TOY = [
@@ -65,8 +66,7 @@ def uninterrupted(tmp_path_factory):
 
 def same_result(run_dir, whole, *, cut_at=0):
     """`cut_at`: a step inside a logging interval, whose mean a stop there has shortened."""
-    _, _, mine = load_run(str(run_dir))
-    _, _, hers = load_run(str(whole))
+    mine, hers = state_of(run_dir), state_of(whole)
     for a, b in zip(mine.arrays, hers.arrays, strict=True):
         np.testing.assert_array_equal(a, b)
     assert int(mine.step) == 1200
@@ -103,21 +103,56 @@ def test_killed_and_terminated_then_resumed_ends_bit_for_bit_the_same(tmp_path, 
     assert "Interrupted by SIGTERM" in stderr and "Traceback" not in stderr
     last = max(int(p.name) for p in (run_dir / "checkpoints").iterdir())
     assert last >= 9 * 40
-    done = finish(command(run_dir, "--steps", "1200"))
+    done = finish([sys.executable, "-m", "train.resume", str(run_dir)])
     assert done.returncode == 0, done.stderr
     assert f"Going on from step {last} of 1200" in done.stdout
     same_result(run_dir, uninterrupted, cut_at=last)
 
 
+def samples_in(folder):
+    with np.load(folder / "samples.npz") as file:
+        return file["x"]
+
+
 def test_the_run_directory_alone_is_enough_to_sample(tmp_path, uninterrupted, capsys):
-    out = tmp_path / "mine"
-    options = Options(str(uninterrupted), num_samples=32, sampling_steps=3, out=str(out))
-    sample_main(options)
+    out = tmp_path / "new" / "mine"
+    options = sample.Options(str(uninterrupted), num_samples=32, sampling_steps=3, out=str(out))
+    sample.main(options)
     assert "32 samples of step 1200, 3 evaluations each" in capsys.readouterr().out
-    first = np.load(out.with_suffix(".npz"))["x"]
-    assert first.shape == (32, 2) and out.with_suffix(".png").stat().st_size > 1000
-    sample_main(dataclasses.replace(options, seed=1))
-    assert not np.allclose(np.load(out.with_suffix(".npz"))["x"], first)
+    first = samples_in(out)
+    assert first.shape == (32, 2) and (out / "samples.png").stat().st_size > 1000
+    sample.main(dataclasses.replace(options, seed=1))
+    assert not np.allclose(samples_in(out), first)
+
+
+def test_a_run_is_measured_again_and_grows(tmp_path, uninterrupted, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    options = evaluate.Options(str(run_dir), solver="heun", sampling_steps=3, num_samples=64)
+    figures = evaluate.main(options)
+    assert figures["nfe"] == 5
+    stored = json.loads((run_dir / "evaluation-heun-3.json").read_text())
+    assert stored == figures and (run_dir / "samples-heun-3.png").exists()
+    assert resume.cli([str(run_dir), "--steps", "1240"]) == 0
+    assert "Going on from step 1200 of 1240" in capsys.readouterr().out
+    assert load_run(run_dir).step == 1240 and cfg.load_config(run_dir).steps == 1240
+    assert resume.cli([str(run_dir), "--steps", "1000"]) == 1
+    assert "steps: 1240 there, 1000 here" in capsys.readouterr().err
+    # Another run begins with its weights, as far as they have a place there.
+    config = dataclasses.replace(
+        cfg.load_config(run_dir),
+        run_dir=str(tmp_path / "next"),
+        init_from=str(run_dir),
+        learning_rate=1e-12,
+        steps=1,
+        network=dataclasses.replace(cfg.load_config(run_dir).network, depth=2),
+    )
+    pretrain.main(config)
+    printed = capsys.readouterr().out
+    assert "Beginning with the weights of step 1240" in printed
+    assert "weights begin anew: .blocks[1]" in printed
+    mine, hers = (load_run(tmp_path / name).model.network for name in ("next", "run"))
+    np.testing.assert_allclose(mine.first.kernel[...], hers.first.kernel[...], rtol=1e-6)
 
 
 def test_another_configuration_is_refused_with_the_difference(uninterrupted):
@@ -137,6 +172,18 @@ def test_another_configuration_is_refused_with_the_difference(uninterrupted):
         (["cifar10", "--data.path", "/does/not/exist"], "/does/not/exist"),
         (["digits", "--network.kind", "mlp"], "network.kind"),
         (["toy2d", "--batch-size", "100000"], "batch_size"),
+        (["toy2d", "--steps", "-5"], "`steps` must be at least 1, got -5"),
+        (["toy2d", "--accumulate", "0"], "`accumulate`"),
+        (["toy2d", "--log-every", "0"], "`log_every`"),
+        (["toy2d", "--keep-checkpoints", "-1"], "`keep_checkpoints`"),
+        (["toy2d", "--learning-rate", "nan"], "`learning_rate` must be positive and finite"),
+        (["toy2d", "--evaluation.num-samples", "0"], "`evaluation.num_samples`"),
+        (["toy2d", "--data.test-fraction", "1"], "must lie in (0, 1)"),
+        (["toy2d", "--data.exclude-class", "3"], "Classes to leave out"),
+        (["toy2d", "--init-from", "/does/not/exist"], "it has no model.json"),
+        (["toy2d", "--evaluation.order", "3"], "`order` is no option of the solver 'ddim'"),
+        (["digits", "--data.lazy"], "`data.lazy` is for folders"),
+        (["digits", "--data.mode", "rgb"], "three channels"),
     ],
 )
 def test_bad_command_lines_get_one_clear_error(tmp_path, capsys, arguments, expected):
@@ -153,15 +200,33 @@ def test_bad_command_lines_get_one_clear_error(tmp_path, capsys, arguments, expe
 
 def test_a_run_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json"):
-        load_run(str(tmp_path))
+        cfg.load_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        load_run(str(tmp_path))
+        cfg.load_config(tmp_path)
 
 
 def test_configurations_survive_json():
     for _, config in cfg.PRESETS.values():
         assert cfg.from_json(json.loads(json.dumps(cfg.to_json(config)))) == config
+
+
+def test_configurations_of_other_versions(tmp_path):
+    """Older ones get defaults and new names; what is newer says who wrote it."""
+    config = dataclasses.replace(cfg.PRESETS["digits"][1], run_dir=str(tmp_path))
+    cfg.save_config(config)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert cfg.load_config(tmp_path) == config and stored["version"]
+    del stored["version"], stored["ema"], stored["evaluation"]["order"], stored["data"]["lazy"]
+    del stored["data"]["resize"], stored["data"]["mode"]
+    stored["data"] |= {"size": 4, "gray": True}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    data = dataclasses.replace(config.data, resize=4, mode="gray")
+    assert cfg.load_config(tmp_path) == dataclasses.replace(config, data=data)
+    stored |= {"version": "9.9", "network": {**stored["network"], "experts": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"written by jaxdiff 9.9: .* not know: network.experts"):
+        cfg.load_config(tmp_path)
 
 
 def test_batches_must_divide_among_the_devices():

@@ -248,6 +248,7 @@ print(json.dumps([np.asarray(a).tolist() for a in state.arrays]))
 """
 
 
+@pytest.mark.slow  # the recipes are killed in every run of the suite
 def test_a_killed_process_resumes_bit_for_bit(tmp_path, request):
     def start(directory, steps):
         return subprocess.Popen(

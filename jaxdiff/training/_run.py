@@ -1,0 +1,188 @@
+"""A run directory on its own: what its models are, beside their weights.
+
+`model.json` names classes of jaxdiff and the arguments they were made with, and nothing else; to
+load it executes no code but theirs.
+"""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PyTree
+
+from jaxdiff.networks import Network
+from jaxdiff.training._checkpoint import CheckpointStore, write_json
+from jaxdiff.training._step import Player, PlayerState
+
+MODEL = "model.json"
+# Where the classes are that a file may name.
+MODULES = ("jaxdiff", "jaxdiff.networks", "jaxdiff.processes", "jaxdiff.predictions")
+
+
+class Run(NamedTuple):
+    """A trained model, and what one must know to use it.
+
+    Attributes:
+        model: with its trained or averaged weights, usually a denoiser.
+        step: how many steps it was trained.
+        info: what `save_model` was given beside the players, e.g. the shape of the data.
+        config: the configuration in the checkpoint, or None.
+    """
+
+    model: Any
+    step: int
+    info: dict[str, Any]
+    config: Any
+
+
+def save_model(run_dir: str | Path, players: Mapping[str, Player], **info: Any) -> None:
+    """Write what `load_run` needs beside the checkpoints: `model.json` in the run directory.
+
+    Args:
+        run_dir: the run's directory, whose checkpoints are in "checkpoints"; made if it is missing.
+        players: as for `make_train_step`; their models are made of classes of jaxdiff.
+        info: what else one must know to use them, as JSON, e.g. `event_shape=(32, 32, 3)`.
+
+    Raises:
+        TypeError: for a model that holds anything but classes of jaxdiff, numbers, text and
+            arrays of the constants, naming it.
+    """
+    described = {
+        name: {
+            "model": to_json(player.model, name),
+            "averages": player.ema.num_averages if player.ema else 0,
+        }
+        for name, player in players.items()
+    }
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / MODEL, {"players": described, "info": info})
+
+
+def load_run(run_dir: str | Path, *, player: str | None = None, average: int | None = 0) -> Run:
+    """A trained model from its run directory: no data, no optimiser, no code of the run.
+
+    Args:
+        run_dir: what `save_model` and a `CheckpointStore` in its "checkpoints" have written.
+        player: whose model; None where there is one player only.
+        average: which of its averages; None for the weights as they were trained, as also for a
+            player without averages.
+
+    Returns:
+        The model of the newest checkpoint that is whole, its step, and what was saved beside it.
+
+    Raises:
+        ValueError: if the directory holds no run, no checkpoint, no such player or average, or
+            names a class that is not jaxdiff's.
+    """
+    path = Path(run_dir) / MODEL
+    try:
+        stored = json.loads(path.read_text())
+        players, info = stored["players"], stored["info"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"`run_dir` must be the directory of a run, got {str(run_dir)!r}: it has no {MODEL}."
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from None
+    if player is None and len(players) == 1:
+        player = next(iter(players))
+    if player not in players:
+        raise ValueError(f"`player` must be one of {sorted(players)}, got {player!r}.")
+    count = players[player]["averages"]
+    average = None if count == 0 and average == 0 else average
+    if average is not None and not 0 <= average < count:
+        raise ValueError(
+            f"`average` must be None or below {count}, the number of averages of {player!r}, "
+            f"got {average}."
+        )
+    model = from_json(players[player]["model"])
+    # Averages are of the network; None in place of those that are not wanted.
+    averages: list[PyTree] = []
+    if average is not None:
+        averages = [None] * average + [eqx.filter(model.network, eqx.is_inexact_array)]
+    state = PlayerState(model, None, averages)
+    template = {"players": {player: state}, "step": jnp.zeros((), jnp.int32)}
+    restored = CheckpointStore(Path(run_dir) / "checkpoints").restore_latest(template, partial=True)
+    if restored is None:
+        raise ValueError(f"The run in {run_dir} has no checkpoint yet. Train it first.")
+    found, _, config = restored
+    state = found["players"][player]
+    model = state.model if average is None else state.averaged(index=average)
+    return Run(model, int(found["step"]), info, config)
+
+
+def to_json(value: Any, where: str) -> Any:
+    """A model as JSON: classes of jaxdiff, by name, and their arguments.
+
+    Raises:
+        TypeError: for anything else, naming where it is.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return np.asarray(value).tolist()
+    if isinstance(value, (np.dtype, type, type(jnp.float32))):
+        return {"dtype": jnp.dtype(value).name}
+    arguments = _arguments(value)
+    module = _module_of(type(value))
+    if arguments is None or module is None:
+        raise TypeError(
+            f"`{where}` must be of a class of jaxdiff to be written, got {type(value).__name__} of "
+            f"{type(value).__module__}. Keep the code that makes it, and restore the weights with "
+            "`CheckpointStore.restore_latest`."
+        )
+    items = {name: to_json(item, f"{where}.{name}") for name, item in arguments.items()}
+    return {"class": f"{module}.{type(value).__name__}", **items}
+
+
+def _arguments(value: Any) -> dict[str, Any] | None:
+    """What an object was made with, or None for one that does not tell."""
+    if hasattr(value, "arguments"):
+        return dict(value.arguments)
+    if isinstance(value, eqx.Module) and dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return None
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` wrote, with weights that are zero.
+
+    Raises:
+        ValueError: for a class that is not jaxdiff's.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"dtype"}:
+        return jnp.dtype(value["dtype"]).type
+    module, _, name = str(value.get("class")).rpartition(".")
+    kind = getattr(importlib.import_module(module), name, None) if module in MODULES else None
+    if not isinstance(kind, type) or not issubclass(kind, (eqx.Module, Network)):
+        raise ValueError(f"{MODEL} must name classes of jaxdiff, got {value.get('class')!r}.")
+    arguments = {name: from_json(item) for name, item in value.items() if name != "class"}
+    if issubclass(kind, Network):
+        # Weights come from the checkpoint: to draw some first takes longer than to read them.
+        build: Any = kind
+        shapes = nnx.eval_shape(lambda: build(**arguments, rngs=nnx.Rngs(0)))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return kind(**arguments)
+
+
+def _module_of(kind: type) -> str | None:
+    """The public module that has a class, or None."""
+    for module in MODULES:
+        if getattr(importlib.import_module(module), kind.__name__, None) is kind:
+            return module
+    return None
