@@ -212,6 +212,18 @@ PRESETS = {
             checkpoint_every=1000,
         ),
     ),
+    "prompts": (
+        "digits in colours, sizes and places, with captions",
+        Config(
+            run_dir="runs/prompts",
+            data=DataConfig("prompts"),
+            network=NetworkConfig(attention_resolutions=(12,), channel_mults=(1, 2)),
+            evaluation=EvaluationConfig(num_samples=500, guidance_scale=2.0),
+            steps=4000,
+            ema_decay=0.999,
+            checkpoint_every=500,
+        ),
+    ),
     "toy2d": (
         "densities in the plane with an MLP",
         Config(
@@ -408,6 +420,8 @@ def condition_arguments(info: DataInfo) -> dict[str, Any]:
     for name, shape in info.cond.items():
         if name == "label" and len(shape) == 1:
             found["label_size"] = shape[0]
+        elif name == "tokens" and info.words is not None:
+            found |= {"token_size": 32, "num_words": len(info.words)}
         elif name == "tokens" and len(shape) == 2:
             found["token_size"] = shape[1]
         elif len(shape) == 0:

@@ -34,7 +34,10 @@ class DataConfig:
         lazy: decode images of a folder as they are read, for sets larger than memory.
     """
 
-    name: Literal["digits", "cifar10", "mnist", "folder", "npz", "idx", *DENSITIES] = "digits"
+    name: Literal[
+        *("digits", "prompts", "cifar10", "mnist", "folder", "npz", "idx"),
+        *DENSITIES,
+    ] = "digits"
     path: str = ""
     labels_path: str = ""
     test_fraction: float = 0.1
@@ -56,6 +59,7 @@ class DataInfo:
         num_classes: number of classes, or None.
         class_names: their names, or None.
         classes: those that were trained.
+        words: those of captions, or None.
         pixels: whether examples were born as pixels, in [-1, 1].
         cond: shape of every condition but a class, by name; a vector by itself is the "label".
     """
@@ -64,6 +68,7 @@ class DataInfo:
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     classes: tuple[int, ...] = ()
+    words: tuple[str, ...] | None = None
     pixels: bool = False
     cond: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
@@ -76,6 +81,7 @@ class DataInfo:
             source.num_classes,
             source.class_names,
             () if labels is None else tuple(np.unique(labels).tolist()),
+            source.words,
             source.pixels,
             {
                 name: tuple(values.shape[1:])
@@ -96,6 +102,8 @@ class DataInfo:
         null: dict[str, Any] = {name: 0.0 for name in ("label", "tokens") if name in self.cond}
         if self.num_classes is not None:
             null["label"] = self.num_classes
+        if self.words is not None:
+            null["tokens"] = len(self.words)
         return from_entries(null)
 
     def name_of(self, label: int) -> str:
@@ -136,8 +144,8 @@ def _read(config: DataConfig) -> tuple[Source, Source]:
         return _folder(config)
     if config.lazy:
         raise ValueError(f"`data.lazy` is for folders of images, got data of {config.name}.")
-    if config.name in ("digits", "cifar10", "mnist"):
-        at = () if config.name == "digits" else (config.path,)
+    if config.name in ("digits", "prompts", "cifar10", "mnist"):
+        at = () if config.name in ("digits", "prompts") else (config.path,)
         reader = getattr(data, config.name)
         found = [_reduced(reader(*at, part), config) for part in ("train", "test")]
         return found[0], found[1]

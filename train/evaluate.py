@@ -23,7 +23,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 import jaxdiff
-from jaxdiff import guidance, metrics, networks, parallel, solvers
+from jaxdiff import data, guidance, metrics, networks, parallel, solvers
 from jaxdiff.data import make_loader
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.processes import GaussianProcess
@@ -225,6 +225,12 @@ def evaluate(
             _row("Frechet distance", figures, "frechet", "{:.3f}"),
             *rows,
         ]
+    if info.words == data.PROMPT_WORDS:
+        figures |= _attributes(samples, cond)
+        rows += [
+            (f"{what} as the caption says", f"{figures[what]:.1%}", "100.0%")
+            for what in ("size", "colour", "place")
+        ]
     write_json(run_dir / f"evaluation{name}.json", figures)
     speed = f"{figures['images_per_second']:.0f} images/s (compilation included)"
     if steps_per_second:
@@ -268,6 +274,17 @@ def _recognition(classifier, samples, cond, real, test) -> dict[str, float]:
         "accuracy_floor": float(metrics.accuracy(test_logits, jnp.asarray(test["cond"]))[0]),
         "frechet": float(metrics.frechet_distance(features, test_features)),
         "frechet_floor": float(metrics.frechet_distance(real_features, test_features)),
+    }
+
+
+def _attributes(samples, cond) -> dict[str, float]:
+    """How many samples show what their captions say, of those that say it."""
+    said, shown = np.asarray(cond["tokens"]), data.prompt_attributes(samples)
+    columns = {"size": (0, shown.size), "colour": (1, shown.colour), "place": (3, shown.place)}
+    return {
+        name: float(np.mean(found[rows] == said[rows, column]))
+        for name, (column, found) in columns.items()
+        if (rows := said[:, column] < len(data.PROMPT_WORDS)).any()
     }
 
 

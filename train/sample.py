@@ -30,6 +30,7 @@ class Options:
         run_dir: directory written by train.pretrain.
         num_samples: how many.
         labels: classes, by number or name, taken in turn; none for all that were trained.
+        prompts: captions, as "large red three left", of words in any order, taken in turn.
         cond: npz file of conditions, "cond" or "cond/age" and so on, taken in turn.
         guidance_scale: 1 is the plain conditional model.
         solver: name of the solver.
@@ -47,6 +48,7 @@ class Options:
     run_dir: Annotated[str, tyro.conf.Positional]
     num_samples: int = 64
     labels: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     cond: str | None = None
     guidance_scale: float | None = None
     solver: cfg.SolverName | None = None
@@ -96,6 +98,9 @@ def conditions(options: Options, info: DataInfo) -> Any:
     Raises:
         ValueError: for classes or conditions that the run was not trained with.
     """
+    if options.prompts:
+        rows = [tokens_of(prompt, info) for prompt in options.prompts]
+        return {"tokens": jnp.asarray(np.resize(rows, (options.num_samples, len(rows[0]))))}
     if options.cond is not None:
         with np.load(options.cond) as file:
             found = {
@@ -124,6 +129,22 @@ def conditions(options: Options, info: DataInfo) -> Any:
         raise ValueError(f"`labels` must be among {known}, got {unknown[0]!r}.")
     classes = tuple(names[label] for label in options.labels) or info.classes
     return requested_classes(options.num_samples, classes)
+
+
+def tokens_of(prompt: str, info: DataInfo) -> np.ndarray:
+    """A caption as indices of its words; their order does not matter.
+
+    Raises:
+        ValueError: for a run without captions, or a word that none of them has.
+    """
+    words, said = info.words or (), prompt.split()
+    if unknown := [word for word in said if word not in words]:
+        known = " ".join(words) or "left out: the run has no captions"
+        raise ValueError(f"`prompts` must be of the words {known}, got {unknown[0]!r}.")
+    if len(said) > (length := info.cond["tokens"][0]):
+        raise ValueError(f"`prompts` must have at most {length} words, got {prompt!r}.")
+    none = [len(words)] * (length - len(said))
+    return np.asarray([*map(words.index, said), *none], np.int32)
 
 
 def cli(args: list[str] | None = None) -> int:

@@ -13,6 +13,10 @@ from jaxdiff.data._idx import mnist as mnist
 from jaxdiff.data._images import save_images as save_images
 from jaxdiff.data._npz import npz as npz
 from jaxdiff.data._pipeline import make_loader as make_loader
+from jaxdiff.data._prompts import WORDS as PROMPT_WORDS  # noqa: F401
+from jaxdiff.data._prompts import PromptAttributes as PromptAttributes
+from jaxdiff.data._prompts import prompt_attributes as prompt_attributes
+from jaxdiff.data._prompts import prompts as prompts
 from jaxdiff.data._reduced import reduced as reduced
 from jaxdiff.data._sources import ArraySource as ArraySource
 from jaxdiff.data._sources import Source as Source

@@ -50,6 +50,8 @@ class FolderSource:
         cond: (n,) int32 labels, or None.
         num_classes: labels are in [0, num_classes); None without labels.
         class_names: a name for each class, or None.
+        words: None; images have no captions.
+        pixels: images are.
     """
 
     files: tuple[Path, ...]
@@ -58,6 +60,7 @@ class FolderSource:
     cond: np.ndarray | None = None
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    words: tuple[str, ...] | None = None
     pixels: bool = True
 
     @property

@@ -44,6 +44,7 @@ class ArraySource:
             without conditions.
         num_classes: labels are in [0, num_classes); None without labels.
         class_names: a name for each class, or None.
+        words: those of captions, whose "tokens" are their indices; None without captions.
         pixels: whether examples were born as pixels: their range is [-1, 1], and nothing outside
             it can be shown.
     """
@@ -52,6 +53,7 @@ class ArraySource:
     cond: Any = None
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    words: tuple[str, ...] | None = None
     pixels: bool = False
 
     @property
@@ -91,6 +93,7 @@ def array_source(
     *,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    words: Sequence[str] | None = None,
     pixels: bool | None = None,
 ) -> ArraySource:
     """Wrap arrays as a source.
@@ -103,6 +106,8 @@ def array_source(
             are its "label".
         num_classes: number of classes; the largest label + 1 if None.
         class_names: a name for each class, in the order of the labels.
+        words: of captions, whose integers (n, length), "tokens" in `cond`, are their indices, or
+            len(words) for a word that is not said.
         pixels: whether examples were born as pixels, with the range [-1, 1]; None for uint8 alone.
 
     Returns:
@@ -126,7 +131,12 @@ def array_source(
     pixels = x.dtype == np.uint8 if pixels is None else pixels
     if x.dtype != np.uint8:
         x = _finite_float32(x, "x")
+    tokens = None
+    if words is not None:
+        tokens, cond = _captions(cond, len(x), len(words))
     cond, classes = _conditions(cond, len(x), num_classes)
+    if tokens is not None:
+        cond = {**({} if cond is None else cond), "tokens": tokens}
     if classes is None and num_classes is not None:
         raise ValueError(
             f"`num_classes` must be None without labels, got {num_classes}. Pass `cond` as well."
@@ -136,7 +146,7 @@ def array_source(
         raise ValueError(
             f"`class_names` must hold a name for each of {classes or 0} classes, got {len(names)}."
         )
-    return ArraySource(x, cond, classes, names, pixels)
+    return ArraySource(x, cond, classes, names, None if words is None else tuple(words), pixels)
 
 
 def from_bytes(x: np.ndarray) -> np.ndarray:
@@ -183,6 +193,19 @@ def _finite_float32(x: np.ndarray, argument: str) -> np.ndarray:
             f"{len(x)} examples, the first at index {bad[0]}. Remove or repair them."
         )
     return x
+
+
+def _captions(cond: Any, count: int, num_words: int) -> tuple[np.ndarray, Any]:
+    """The captions among conditions, and the others."""
+    rest = dict(cond) if isinstance(cond, Mapping) else {}
+    tokens = np.asarray(rest.pop("tokens", None))
+    fits = tokens.ndim == 2 and len(tokens) == count and np.issubdtype(tokens.dtype, np.integer)
+    if not fits or tokens.min() < 0 or tokens.max() > num_words:
+        raise ValueError(
+            f"`cond` must hold integers 'tokens', ({count}, length), in [0, {num_words}] for "
+            f"{num_words} words, got dtype {tokens.dtype} of shape {tokens.shape}."
+        )
+    return tokens.astype(np.int32), rest or None
 
 
 def _conditions(cond: Any, count: int, num_classes: int | None) -> tuple[Any, int | None]:

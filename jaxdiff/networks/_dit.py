@@ -121,6 +121,7 @@ class DiT(Network):
         label_size: size of a vector label, or None.
         scalars: names of scalar conditions.
         token_size: size of the tokens that blocks attend to as well, or None.
+        num_words: number of words whose tokens are learned, or None; see `Network`.
         dropout: dropout rate in the MLPs, in [0, 1).
         stacked: whether the blocks' weights are stacked, `(depth, ...)` each, and the blocks run
             as one `lax.scan`: programs and compile times that do not grow with the depth. Not the
@@ -157,6 +158,7 @@ class DiT(Network):
         label_size: int | None = None,
         scalars: Sequence[str] = (),
         token_size: int | None = None,
+        num_words: int | None = None,
         dropout: float = 0.0,
         stacked: bool = False,
         attention: Literal["plain", "xla", "cudnn"] = "plain",
@@ -181,7 +183,7 @@ class DiT(Network):
         self.hidden, self.depth = hidden, depth
         self.embedding = ConditionEmbedding(
             hidden, hidden, num_classes=num_classes, label_size=label_size, scalars=scalars,
-            token_size=token_size, **kinds,
+            token_size=token_size, num_words=num_words, **kinds,
         )  # fmt: skip
         self.patches = nnx.Linear(patch_size**2 * in_channels, hidden, **kinds)
 

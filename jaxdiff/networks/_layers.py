@@ -237,6 +237,8 @@ class ConditionEmbedding(nnx.Module):
         label_size: size of a vector label, or None.
         scalars: names of further scalar conditions.
         token_size: size of a token to attend to, or None; checked here, used by the network.
+        num_words: number of words whose tokens are learned, or None: tokens are then integers in
+            [0, num_words], of which the last stands for none.
         kinds: dtypes and initialisation keys.
     """
 
@@ -249,8 +251,11 @@ class ConditionEmbedding(nnx.Module):
         label_size: int | None = None,
         scalars: Sequence[str] = (),
         token_size: int | None = None,
+        num_words: int | None = None,
         **kinds: Any,
     ):
+        if num_words is not None and token_size is None:
+            raise ValueError("`num_words` needs the size of their tokens. Pass `token_size`.")
         if num_classes is not None and label_size is not None:
             raise ValueError(
                 "`num_classes` and `label_size` are two kinds of one label, got both. A vector of "
@@ -265,6 +270,10 @@ class ConditionEmbedding(nnx.Module):
             None if num_classes is None else nnx.Embed(num_classes + 1, size, **kinds)
         )
         self.vector: Any = None if label_size is None else nnx.Linear(label_size, size, **kinds)
+        self.num_words = num_words
+        self.words: Any = (
+            None if num_words is None else nnx.Embed(num_words + 1, token_size, **kinds)
+        )
         self.scalars = nnx.Dict(
             {name: nnx.Linear(features, size, kernel_init=zeros, **kinds) for name in scalars}
         )
@@ -287,7 +296,14 @@ class ConditionEmbedding(nnx.Module):
             emb = emb + self._label(entries[LABEL])
         for name in self.scalars:
             emb = emb + self.scalars[name](timestep_embedding(entries[name], self.features))
-        return emb, entries.get(TOKENS), entries.get(TOKEN_MASK)
+        return emb, self._tokens(entries.get(TOKENS)), entries.get(TOKEN_MASK)
+
+    def _tokens(self, tokens: Array | None) -> Array | None:
+        """Vectors, looked up if they are words."""
+        if tokens is None or jnp.ndim(tokens) == 2:
+            return tokens
+        none = self.num_words
+        return self.words(jnp.where((tokens < 0) | (tokens > none), none, tokens))
 
     def _label(self, label: Array) -> Array:
         if self.vector is not None:
@@ -320,6 +336,8 @@ class ConditionEmbedding(nnx.Module):
         return entries
 
     def _expected(self, name: str) -> str:
+        if name == TOKENS and self.words is not None:
+            return f"{TOKENS!r}, integers (n,) in [0, {self.num_words}], or (n, {self.token_size})"
         if name == TOKENS:
             return f"{TOKENS!r}, (n, {self.token_size})"
         if name in self.scalars:
@@ -333,6 +351,9 @@ class ConditionEmbedding(nnx.Module):
 
     def _fits(self, name: str, value: Array) -> bool:
         shape = jnp.shape(value)
+        if name == TOKENS and len(shape) == 1:
+            integers = jnp.issubdtype(jnp.result_type(value), jnp.integer)
+            return self.words is not None and integers
         if name == TOKENS:
             return len(shape) == 2 and shape[1] == self.token_size
         if name in self.scalars:
@@ -353,7 +374,8 @@ class Network(nnx.Module):
                       embedding's size in its place; a vector `(label_size,)` with `label_size`
         further       scalars, by the names in `scalars`
         "tokens"      `(n, token_size)` to attend to, with "token_mask", booleans `(n,)`, which
-                      of them count; all without
+                      of them count; all without. With `num_words` also words, integers `(n,)` in
+                      [0, num_words], num_words for none, whose tokens are learned
 
     Attributes:
         shape: that of an example.

@@ -196,6 +196,7 @@ class UNet(Network):
         label_size: size of a vector label, or None.
         scalars: names of scalar conditions.
         token_size: size of the tokens that blocks with attention attend to as well, or None.
+        num_words: number of words whose tokens are learned, or None; see `Network`.
         dropout: dropout rate in the residual blocks, in [0, 1).
         num_heads: attention heads.
         head_channels: channels of a head; if given, replaces `num_heads`.
@@ -234,6 +235,7 @@ class UNet(Network):
         label_size: int | None = None,
         scalars: Sequence[str] = (),
         token_size: int | None = None,
+        num_words: int | None = None,
         dropout: float = 0.0,
         num_heads: int = 1,
         head_channels: int | None = None,
@@ -298,7 +300,7 @@ class UNet(Network):
         self.plain_resampling, self.remat = resample == "conv", remat
         self.embedding = ConditionEmbedding(
             channels, emb_size, num_classes=num_classes, label_size=label_size, scalars=scalars,
-            token_size=token_size, **kinds,
+            token_size=token_size, num_words=num_words, **kinds,
         )  # fmt: skip
         self.conv_in = nnx.Conv(in_channels, channels, (3, 3), **kinds)
 

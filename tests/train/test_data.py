@@ -203,3 +203,32 @@ def test_networks_take_the_conditions_of_the_data():
     with pytest.raises(ValueError, match=r"The condition 'pose' has shape \(4,\)"):
         cfg.condition_arguments(DataInfo((2,), cond={"pose": (4,)}))
     assert predictions.V() == cfg.build_prediction(cfg.Config())
+
+
+def test_captions_are_trained_sampled_and_measured(tmp_path, capsys):
+    preset = cfg.PRESETS["prompts"][1]
+    config = dataclasses.replace(
+        preset,
+        run_dir=str(tmp_path),
+        network=cfg.NetworkConfig("dit", channels=16, depth=1, patch_size=8),
+        evaluation=dataclasses.replace(preset.evaluation, num_samples=16, sampling_steps=2),
+        steps=2,
+        batch_size=16,
+    )
+    pretrain.main(config)
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert all(0 <= figures[name] <= 1 for name in ("size", "colour", "place"))
+    assert "colour as the caption says" in capsys.readouterr().out
+    options = sample.Options(str(tmp_path), num_samples=4, prompts=("large red three", "left"))
+    sample.main(options)
+    with np.load(tmp_path / "samples-0" / "samples.npz") as found:
+        tokens = found["cond/tokens"]
+    words = [*data.PROMPT_WORDS, "-"]
+    said = [" ".join(words[token] for token in row) for row in tokens]
+    assert said == ["large red three -", "left - - -"] * 2
+    for wrong, message in (
+        ("pink", "must be of the words .* got 'pink'"),
+        ("red " * 5, "at most 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.main(dataclasses.replace(options, prompts=(wrong,)))
