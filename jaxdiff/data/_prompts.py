@@ -46,7 +46,7 @@ def prompts(split: str = "train", *, copies: int = 8, unsaid: float = 0.1) -> Ar
             f"`copies` must be at least 1 and `unsaid` in [0, 1), got {copies} and {unsaid}."
         )
     source = digits(split)
-    grey, label = (source.x[..., 0] + 1) / 2, np.repeat(source.labels, copies)
+    grey, label = (source.x[..., 0] + 1) / 2, np.repeat(np.asarray(source.cond), copies)
     grey, count = np.repeat(grey, copies, axis=0), len(label)
     # Raw bits are the one stream that NumPy promises never to change.
     bits = np.random.Philox(np.random.SeedSequence(["train", "test"].index(split)))

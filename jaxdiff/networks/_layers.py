@@ -270,9 +270,9 @@ class ConditionEmbedding(nnx.Module):
             None if num_classes is None else nnx.Embed(num_classes + 1, size, **kinds)
         )
         self.vector: Any = None if label_size is None else nnx.Linear(label_size, size, **kinds)
-        self.num_words = num_words
+        self.num_words: Any = num_words
         self.words: Any = (
-            None if num_words is None else nnx.Embed(num_words + 1, token_size, **kinds)
+            nnx.Embed(num_words + 1, token_size, **kinds) if num_words and token_size else None
         )
         self.scalars = nnx.Dict(
             {name: nnx.Linear(features, size, kernel_init=zeros, **kinds) for name in scalars}
