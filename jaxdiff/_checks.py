@@ -89,6 +89,38 @@ def check_finite(x: Array) -> None:
         )
 
 
+def check_kind(argument: str, value: Any, kind: type, example: str) -> None:
+    """Reject anything but an object of `kind`: names and classes in place of objects, say.
+
+    Args:
+        argument: what an error calls it.
+        value: the object.
+        kind: its class.
+        example: what an error proposes.
+
+    Raises:
+        TypeError: for another object.
+    """
+    if isinstance(value, kind):
+        return
+    if isinstance(value, type):
+        got, remedy = f"the class {value.__name__}", f"Pass {value.__name__}()."
+    else:
+        got, remedy = f"{value!r:.60}", f"Pass {example}, say."
+    raise TypeError(f"`{argument}` must be a {kind.__name__}, got {got}. {remedy}")
+
+
+def check_callable(argument: str, value: Any, example: str) -> None:
+    """Reject what cannot be called, and classes, whose call makes an object.
+
+    Raises:
+        TypeError: for either.
+    """
+    if isinstance(value, type) or not callable(value):
+        got = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.60}"
+        raise TypeError(f"`{argument}` must be a function, got {got}. Pass {example}, say.")
+
+
 def check_count(argument: str, value: Any, *, least: int = 1, instead: str = "") -> int:
     """A whole number of any kind as a Python int, after checking that it is large enough.
 

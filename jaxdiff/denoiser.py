@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_number
+from jaxdiff._checks import check_callable, check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.conditions import as_entries, from_entries
 from jaxdiff.flow_map import FlowMap
@@ -236,6 +236,12 @@ class TappedDenoiser(Denoiser):
     prediction: Prediction = Eps()
     preconditioning: Preconditioning = TimeLabel()
     taps: tuple[str, ...] = eqx.field(static=True, default=(), kw_only=True)
+
+    def __check_init__(self):
+        check_callable("network", self.network, "a network")
+        check_kind("process", self.process, GaussianProcess, "processes.VP()")
+        check_kind("prediction", self.prediction, Prediction, "predictions.Eps()")
+        check_kind("preconditioning", self.preconditioning, Preconditioning, "TimeLabel()")
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`: what the network itself checks, if it has a `check_cond`."""

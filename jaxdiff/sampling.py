@@ -1,6 +1,7 @@
 """Sampling and inversion: integrating a denoiser with any solver, on any grid."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import diffrax
@@ -441,8 +442,14 @@ def sample(
                     )
         indices, cond = jax.device_put((indices, cond), sharding)
         key, denoiser, times, options = join_devices((key, denoiser, times, options), sharding)
+    if not isinstance(shape, Sequence):
+        raise TypeError(
+            f"`shape` must be that of an example, a tuple, got {shape!r}. Pass (2,), say."
+        )
     shape = tuple(check_count("shape", size, least=0) for size in shape)
     dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be of floats, got {dtype}. Pass jnp.float32, say.")
     return _sample(
         key, indices, cond, denoiser, times, options, shape=shape, dtype=dtype,
         batch_size=batch_size, sharding=sharding,
@@ -501,7 +508,7 @@ def invert(
     check_stepless(denoiser, "`invert`")
     options = _Options(solver, stepsize_controller, adjoint, saveat, last_k)
     return _run(
-        None, denoiser, as_float_array(x), times, options, memory=memory, cond=cond,
+        None, denoiser, _examples(x), times, options, memory=memory, cond=cond,
         batch_size=batch_size, direction=1,
     )  # fmt: skip
 
@@ -562,7 +569,7 @@ def denoise(
             check_count("first_step", first_step, least=0)
         first_step = jnp.asarray(first_step, jnp.int32)
     return _run(
-        key, denoiser, as_float_array(x), times, options, memory=memory, cond=cond,
+        key, denoiser, _examples(x), times, options, memory=memory, cond=cond,
         batch_size=batch_size, direction=-1, notes=notes, first_step=first_step,
     )  # fmt: skip
 
@@ -587,6 +594,13 @@ def _run(
         key, x, cond, model, times, options, memory=memory, notes=notes, first_step=first_step,
         direction=direction, batch_size=batch_size, sharding=_split_of(x),
     )  # fmt: skip
+
+
+def _examples(x: ArrayLike) -> Array:
+    x = as_float_array(x)
+    if x.ndim == 0:
+        raise ValueError("`x` must hold examples along its first axis, got a single number.")
+    return x
 
 
 def _split_of(x: Array) -> jax.sharding.NamedSharding | None:

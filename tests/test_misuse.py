@@ -273,3 +273,61 @@ def test_forgotten_optimisers_and_positions_are_named(tmp_path):
     step, state = make_train_step(players), init_train_state(players, KEY)
     with pytest.raises(TypeError, match="`batches` must have get_state"):
         fit(step, state, iter([0.0]), num_steps=1, store=CheckpointStore(tmp_path))
+
+
+def slips():
+    """What somebody passes by mistake, and the one line that says so."""
+    oracle = mixture(processes.VP(), jnp.float32)
+    key = jax.random.key(0)
+    network = jax.tree_util.Partial(lambda w, x, t, c, *, key=None: w * x, jnp.ones(2))
+    model = jaxdiff.NetworkDenoiser(network, processes.VP())
+    loss, adam = losses.DenoisingLoss(), optax.adam(1e-3)
+    players = {"m": Player(model, loss, adam)}
+
+    def run(batches, **options):
+        state = init_train_state(players, key)
+        return fit(make_train_step(players), state, batches, num_steps=1, **options)
+
+    def sample(shape=(2,), **options):
+        return jaxdiff.sample(key, oracle, shape, 2, times=2, **options)
+
+    batch = {"x": jnp.ones((2, 2))}
+    return {
+        "`shape` must be that of an example": lambda: sample(2),
+        "`dtype` must be of floats, got int32": lambda: sample(dtype=jnp.int32),
+        "`x` must hold examples": lambda: jaxdiff.denoise(key, oracle, 1.0, times=2),
+        "`process` must be a GaussianProcess, got the class VP. Pass VP()": (
+            lambda: jaxdiff.NetworkDenoiser(network, processes.VP)
+        ),
+        "`prediction` must be a Prediction, got 'eps'": (
+            lambda: jaxdiff.NetworkDenoiser(network, processes.VP(), "eps")
+        ),
+        "`network` must be a function, got None": (
+            lambda: jaxdiff.NetworkDenoiser(None, processes.VP())
+        ),
+        "`optimizer` must be an optax transformation or None, got 0.001": (
+            lambda: Player(model, loss, 1e-3)
+        ),
+        "`optimizer` must be .*function adam": lambda: Player(model, loss, optax.adam),
+        "`ema` must be a .*EMA, got 0.99": lambda: Player(model, loss, adam, 0.99),
+        "`loss` must be a function, got the class DenoisingLoss": (
+            lambda: Player(model, losses.DenoisingLoss, adam)
+        ),
+        "`players` must be a dict of players": lambda: init_train_state(players["m"], key),
+        "`weighting` must be a Weighting, got the class MinSNR": (
+            lambda: losses.DenoisingLoss(losses.MinSNR)
+        ),
+        "`time_law` must be a TimeLaw, got 'uniform'": (
+            lambda: losses.DenoisingLoss(time_law="uniform")
+        ),
+        "`batch` must be a dict": lambda: loss(model, key, batch["x"], {}),
+        "`batches` must be an iterator, got list": lambda: run([batch]),
+        "`store` must be a CheckpointStore, got 'runs'": lambda: run(iter([batch]), store="runs"),
+        "`keep` must be at least 1": lambda: CheckpointStore("runs", keep=0),
+    }
+
+
+def test_slips_are_named_before_any_work(unchecked):
+    for message, call in slips().items():
+        with pytest.raises((TypeError, ValueError), match=message.replace("()", r"\(\)")):
+            call()

@@ -1,6 +1,6 @@
 """What the losses of a batch share: keys, levels and conditions of its examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ def each_example(
     Returns:
         What the loss returns, with a leading axis B.
     """
+    if not isinstance(batch, Mapping) or "x" not in batch:
+        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f'`batch` must be a dict {{"x": examples, "cond": conditions}}, got {got}.')
     x0, cond = batch["x"], batch.get("cond")
     count = x0.shape[0]
     time_key, example_key = jax.random.split(key)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_number
+from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.losses._batch import drop_cond, each_example, wide
@@ -62,6 +62,8 @@ class DenoisingLoss(eqx.Module):
     label_dropout: Number = number(0.1)
 
     def __check_init__(self):
+        check_kind("weighting", self.weighting, Weighting, "losses.MinSNR()")
+        check_kind("time_law", self.time_law, TimeLaw, "losses.UniformTime()")
         check_number("label_dropout", self.label_dropout, least=0.0, most=1.0)
 
     def per_example(

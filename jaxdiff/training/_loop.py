@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxdiff._checks import check_count
+from jaxdiff._checks import check_count, check_kind
 from jaxdiff.parallel import join_devices
 from jaxdiff.training._checkpoint import CheckpointStore
 from jaxdiff.training._step import TrainState
@@ -209,6 +209,12 @@ def fit(
     check_count("checkpoint_every", checkpoint_every)
     for hook in hooks:
         check_count("every", hook.every, instead="It is the hook's number of steps.")
+    if not hasattr(batches, "__next__"):
+        raise TypeError(
+            f"`batches` must be an iterator, got {type(batches).__name__}. Pass iter(loader)."
+        )
+    if store is not None:
+        check_kind("store", store, CheckpointStore, "CheckpointStore(path)")
     if store is not None and not hasattr(batches, "get_state"):
         raise TypeError(
             "`batches` must have get_state, so that a checkpoint can hold its position, got "

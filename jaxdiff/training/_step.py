@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_count, check_key, check_number, check_scalars
+from jaxdiff._checks import (
+    check_callable,
+    check_count,
+    check_key,
+    check_kind,
+    check_number,
+    check_scalars,
+)
 from jaxdiff._tree import Number, number, traced_floats
 from jaxdiff.training._ema import EMA
 
@@ -64,6 +71,17 @@ class Player(eqx.Module):
     mask: PyTree = None
 
     def __check_init__(self):
+        check_callable("loss", self.loss, "losses.DenoisingLoss()")
+        optimizer = self.optimizer
+        if optimizer is not None and not (
+            hasattr(optimizer, "init") and hasattr(optimizer, "update")
+        ):
+            raise TypeError(
+                f"`optimizer` must be an optax transformation or None, got {optimizer!r:.60}. Pass "
+                "optax.adam(1e-3), say."
+            )
+        if self.ema is not None:
+            check_kind("ema", self.ema, EMA, "ConstantEMA(0.999)")
         if not callable(self.every):
             remedy = "Pass 1 for every step, or a function of the step."
             check_count("every", self.every, instead=remedy)
@@ -219,6 +237,11 @@ def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainStat
         ValueError: for a player that has nothing to learn.
     """
     check_key(key)
+    if not isinstance(players, Mapping):
+        raise TypeError(
+            f"`players` must be a dict of players by name, got {type(players).__name__}. Pass "
+            '{"model": player}.'
+        )
     states = {name: _init_player(name, player) for name, player in players.items()}
     state = TrainState.pack(step=jnp.zeros((), jnp.int32), key=key, players=states)
     return jax.tree.map(jnp.array, state)

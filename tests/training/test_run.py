@@ -122,7 +122,7 @@ def test_only_classes_of_jaxdiff_are_written_and_read(tmp_path):
         def __call__(self, x, t, cond=None, *, key=None):
             return x
 
-    own = Player(jaxdiff.NetworkDenoiser(Mine(), jaxdiff.processes.VP()), None)
+    own = Player(jaxdiff.NetworkDenoiser(Mine(), jaxdiff.processes.VP()), losses.DenoisingLoss())
     with pytest.raises(TypeError, match=r"`model.network` must be of a class of jaxdiff.*Mine"):
         save_model(tmp_path, {"model": own})
     assert not (tmp_path / "model.json").exists()
