@@ -67,7 +67,7 @@ def build_solver(settings: cfg.EvaluationConfig) -> Any:
     kind, options = SOLVERS[settings.solver]
     given = {"order": settings.order, "eta": settings.eta, "s_churn": settings.churn}
     options = options | {name: value for name, value in given.items() if value is not None}
-    known = {f.name for f in dataclasses.fields(kind)} - {"scan_kind"}
+    known = {f.name for f in dataclasses.fields(kind)}
     if unknown := sorted(set(options) - known):
         name = {"s_churn": "churn"}.get(unknown[0], unknown[0])
         raise ValueError(f"`{name}` is no option of the solver {settings.solver!r}. Leave it out.")
@@ -331,6 +331,14 @@ class Options:
     data_path: str | None = None
 
 
+def moved_sources(config: cfg.Config) -> tuple[Source, Source]:
+    """The data of a finished run, or an error that says how to name their new place."""
+    try:
+        return build_sources(config.data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} If the data have moved, pass --data-path.") from None
+
+
 def changed(config: cfg.Config, options: Any) -> cfg.Config:
     """A run's configuration with the evaluation that the options want."""
     names = {f.name for f in dataclasses.fields(cfg.EvaluationConfig)}
@@ -350,7 +358,7 @@ def main(options: Options) -> dict[str, float]:
     if options.data_path is not None:
         moved = dataclasses.replace(config.data, path=options.data_path)
         config = dataclasses.replace(config, data=moved)
-    source, held_out = build_sources(config.data)
+    source, held_out = moved_sources(config)
     model = load_run(options.run_dir, average=config.evaluation.average).model
     settings = config.evaluation
     name = options.name or f"{settings.solver}-{settings.sampling_steps}"

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from tqdm import tqdm
 
 from jaxdiff.training import Interrupted, TrainState
@@ -107,19 +109,16 @@ def restore_weights(network: Any, found: Any) -> tuple[Any, Sequence[str], Seque
     Returns:
         The network, the names of its weights that were not found, and of those that were left.
     """
-    import jax
-    from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
-
     there = {keystr(path): leaf for path, leaf in tree_leaves_with_path(found)}
     used: set[str] = set()
 
     def choose(path, leaf):
         name = keystr(path)
         other = there.get(name)
-        if other is None or jax.numpy.shape(other) != jax.numpy.shape(leaf):
+        if other is None or np.shape(other) != np.shape(leaf):
             return leaf
         used.add(name)
-        return jax.numpy.asarray(other, leaf.dtype)
+        return jnp.asarray(other, leaf.dtype)
 
     chosen = tree_map_with_path(choose, network)
     names = [keystr(path) for path, _ in tree_leaves_with_path(network)]
