@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxdiff.data._images import open_image, pixels_of
-from jaxdiff.data._sources import ArraySource, array_source, check_exists
+from jaxdiff.data._sources import ArraySource, array_source, check_exists, require
 
 _SHAPE = (32, 32, 3)
 _CLASSES = (
@@ -77,6 +77,7 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _columns(file: Path) -> tuple[list[bytes | None], np.ndarray]:
+    require("pyarrow")
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxdiff.data._sources import ArraySource, array_source
+from jaxdiff.data._sources import ArraySource, array_source, require
 
 _HELD_OUT = 0.2
 
@@ -28,6 +28,7 @@ def digits(split: str = "train") -> ArraySource:
     """
     if split not in ("train", "test"):
         raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
+    require("sklearn")
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

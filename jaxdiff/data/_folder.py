@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxdiff.data._images import as_viewed, open_image, pixels_of
-from jaxdiff.data._sources import ArraySource, array_source, check_exists, from_bytes
+from jaxdiff.data._sources import ArraySource, array_source, check_exists, from_bytes, require
 
 _SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -129,6 +129,7 @@ def image_folder(
         ValueError: for a folder without images, images beside folders of images, an image that
             cannot be decoded, or one whose size or mode differs from the first's, naming the file.
     """
+    require("PIL")
     from PIL import ImageColor
 
     if mode not in (None, "L", "RGB"):

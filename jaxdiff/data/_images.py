@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import ArrayLike
 
+from jaxdiff.data._sources import require
+
 _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -22,6 +24,7 @@ def open_image(data: bytes, name: str) -> Any:
     Raises:
         ValueError: for bytes that are no image.
     """
+    require("PIL")
     from PIL import Image
 
     try:
@@ -106,6 +109,7 @@ def save_images(
     Raises:
         ValueError: for anything but images of one or three channels.
     """
+    require("PIL")
     from PIL import Image
 
     x = np.asarray(x, np.float32)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxdiff.data._folder import FolderSource
-from jaxdiff.data._sources import ArraySource, Source
+from jaxdiff.data._sources import ArraySource, Source, require
 
 
 def make_loader(
@@ -105,6 +105,7 @@ class Loader:
 
     def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
         """Grain's iterator over the batches from example number `first` of the stream on."""
+        require("grain")
         import grain
 
         source, count = self.source, len(self.source)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,6 +148,23 @@ def array_source(
             f"`class_names` must hold a name for each of {classes or 0} classes, got {len(names)}."
         )
     return ArraySource(x, cond, classes, names, None if words is None else tuple(words), pixels)
+
+
+def require(module: str) -> None:
+    """Say how to install what a reader needs, where it is missing.
+
+    Raises:
+        ModuleNotFoundError: if it is.
+    """
+    try:
+        found = find_spec(module) is not None
+    except ValueError:  # it was set to None, as tests do
+        found = False
+    if not found:
+        raise ModuleNotFoundError(
+            f"{module} is missing, which this needs. Install it: pip install 'jaxdiff[train]'",
+            name=module,
+        )
 
 
 def from_bytes(x: np.ndarray) -> np.ndarray:
