@@ -217,7 +217,7 @@ def evaluate(
         "sliced_wasserstein_floor": _sliced(real["x"], test["x"]),
     }
     rows = [_row("sliced Wasserstein distance", figures, "sliced_wasserstein", "{:.4f}")]
-    if measurable(info, settings):
+    if measurable(info, settings) and min(len(samples), len(held_out)) > 1:
         classifier = load_classifier(config, source)
         figures |= _recognition(classifier, samples, cond, real["x"], test)
         rows = [

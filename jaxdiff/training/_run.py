@@ -89,7 +89,8 @@ def load_run(run_dir: str | Path, *, player: str | None = None, average: int | N
         players, info = stored["players"], stored["info"]
     except FileNotFoundError:
         raise ValueError(
-            f"`run_dir` must be the directory of a run, got {str(run_dir)!r}: it has no {MODEL}."
+            f"`run_dir` must be the directory of a run, got {str(run_dir)!r}: it has no {MODEL}. "
+            "`save_model` writes one, and so does going on with the run."
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
