@@ -1,6 +1,7 @@
 """The data of a recipe: what to read, how to hold out, and what a model must know of it."""
 
 import dataclasses
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +108,9 @@ class DataInfo:
         return from_entries(null)
 
     def name_of(self, label: int) -> str:
-        """What a class is called."""
+        """What a class is called; the label of none included."""
+        if label == self.num_classes:
+            return "none"
         return str(label) if self.class_names is None else self.class_names[label]
 
 
@@ -198,5 +201,5 @@ def _names(path: str) -> list[str]:
     try:
         with np.load(path) as file:
             return list(file)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return []  # the reader says what is wrong

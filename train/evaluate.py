@@ -226,11 +226,10 @@ def evaluate(
             *rows,
         ]
     if info.words == data.PROMPT_WORDS:
-        figures |= _attributes(samples, cond)
-        rows += [
-            (f"{what} as the caption says", f"{figures[what]:.1%}", "100.0%")
-            for what in ("size", "colour", "place")
-        ]
+        shown = _attributes(samples, cond)
+        floor = _attributes(test["x"], test["cond"])
+        figures |= shown | {f"{what}_floor": share for what, share in floor.items()}
+        rows += [_row(f"{what} as the caption says", figures, what, "{:.1%}") for what in shown]
     write_json(run_dir / f"evaluation{name}.json", figures)
     speed = f"{figures['images_per_second']:.0f} images/s (compilation included)"
     if steps_per_second:
@@ -293,15 +292,14 @@ def picture(path: Path, samples, cond, reference, settings, info: DataInfo) -> N
     if len(info.event_shape) != 3:
         report.scatter(samples, reference, path)
         return
-    if info.cond or cond is None:
+    if info.cond or cond is None or np.ptp(cond) == 0:
         report.image_grid(samples[:100], path, columns=min(10, len(samples)), pixels=info.pixels)
         return
     labels = np.asarray(cond)
-    columns = max(1, min(settings.per_class, len(samples) // len(info.classes)))
-    rows = {label: samples[labels == label][:columns] for label in info.classes}
-    full = {label: row for label, row in rows.items() if len(row) == columns}
-    titles = [info.name_of(label) for label in full]
-    images = np.concatenate(list(full.values()))
+    present, counts = np.unique(labels, return_counts=True)
+    columns = min(settings.per_class, int(counts.min()))
+    titles = [info.name_of(label) for label in present]
+    images = np.concatenate([samples[labels == label][:columns] for label in present])
     report.image_grid(images, path, columns=columns, titles=titles, pixels=info.pixels)
 
 

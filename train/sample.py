@@ -5,6 +5,7 @@ python -m train.sample runs/digits --num-samples 64 --labels 3 8 --guidance-scal
 
 import dataclasses
 import sys
+import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,18 +103,23 @@ def conditions(options: Options, info: DataInfo) -> Any:
         rows = [tokens_of(prompt, info) for prompt in options.prompts]
         return {"tokens": jnp.asarray(np.resize(rows, (options.num_samples, len(rows[0]))))}
     if options.cond is not None:
-        with np.load(options.cond) as file:
-            found = {
-                name.removeprefix("cond/"): file[name]
-                for name in file
-                if name == "cond" or name.startswith("cond/")
-            }
+        try:
+            with np.load(options.cond) as file:
+                found = {
+                    name.removeprefix("cond/"): file[name]
+                    for name in file
+                    if name == "cond" or name.startswith("cond/")
+                }
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"`cond` must be an npz file, got {options.cond}: {error}.") from None
         found = {"label" if name == "cond" else name: rows for name, rows in found.items()}
         wanted = set(info.cond) | ({"label"} if info.num_classes is not None else set())
         if set(found) != wanted:
             raise ValueError(
                 f"`cond` must hold the conditions {sorted(wanted)}, got {sorted(found)}."
             )
+        if len(counts := {len(values) for values in found.values()}) > 1:
+            raise ValueError(f"`cond` must hold as many of every condition, got {sorted(counts)}.")
         rows = np.arange(options.num_samples) % len(next(iter(found.values())))
         chosen = {name: jnp.asarray(values[rows]) for name, values in found.items()}
         return chosen["label"] if set(chosen) == {"label"} else chosen
@@ -122,8 +128,9 @@ def conditions(options: Options, info: DataInfo) -> Any:
             f"`cond` must say what to sample: the run was trained with {sorted(info.cond)}. Pass "
             "an npz file."
         )
-    names = {info.name_of(label): label for label in range(info.num_classes or 0)}
-    names |= {str(label): label for label in range((info.num_classes or -1) + 1)}
+    # A class that is called "1" is that one, whatever its number.
+    names = {str(label): label for label in range((info.num_classes or -1) + 1)}
+    names |= {info.name_of(label): label for label in range(info.num_classes or 0)}
     if unknown := [label for label in options.labels if label not in names]:
         known = f"{sorted(names)}, {info.num_classes} for none" if names else "left out: no classes"
         raise ValueError(f"`labels` must be among {known}, got {unknown[0]!r}.")
@@ -137,9 +144,11 @@ def tokens_of(prompt: str, info: DataInfo) -> np.ndarray:
     Raises:
         ValueError: for a run without captions, or a word that none of them has.
     """
-    words, said = info.words or (), prompt.split()
+    if info.words is None:
+        raise ValueError("`prompts` must be left out: the run has no captions.")
+    words, said = info.words, prompt.split()
     if unknown := [word for word in said if word not in words]:
-        known = " ".join(words) or "left out: the run has no captions"
+        known = " ".join(words)
         raise ValueError(f"`prompts` must be of the words {known}, got {unknown[0]!r}.")
     if len(said) > (length := info.cond["tokens"][0]):
         raise ValueError(f"`prompts` must have at most {length} words, got {prompt!r}.")

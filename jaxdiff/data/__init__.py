@@ -13,7 +13,7 @@ from jaxdiff.data._idx import mnist as mnist
 from jaxdiff.data._images import save_images as save_images
 from jaxdiff.data._npz import npz as npz
 from jaxdiff.data._pipeline import make_loader as make_loader
-from jaxdiff.data._prompts import WORDS as PROMPT_WORDS  # noqa: F401
+from jaxdiff.data._prompts import PROMPT_WORDS as PROMPT_WORDS
 from jaxdiff.data._prompts import PromptAttributes as PromptAttributes
 from jaxdiff.data._prompts import prompt_attributes as prompt_attributes
 from jaxdiff.data._prompts import prompts as prompts

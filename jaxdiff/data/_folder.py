@@ -136,7 +136,7 @@ def image_folder(
         raise ValueError(f"`mode` must be 'L', 'RGB' or None, got {mode!r}.")
     if crop not in ("center", "none"):
         raise ValueError(f"`crop` must be 'center' or 'none', got {crop!r}.")
-    size = (resize, resize) if isinstance(resize, int) else resize
+    size: Any = (resize, resize) if np.ndim(resize or 0) == 0 and resize is not None else resize
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(
             f"`resize` must be a positive side in pixels, (height, width) or None, got {resize!r}."

@@ -17,7 +17,7 @@ COLOURS = {
 }
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLACES = ("left", "right")
-WORDS = (*SIZES, *COLOURS, *DIGITS, *PLACES)
+PROMPT_WORDS = (*SIZES, *COLOURS, *DIGITS, *PLACES)
 _SIDE = 24
 
 
@@ -36,7 +36,7 @@ def prompts(split: str = "train", *, copies: int = 8, unsaid: float = 0.1) -> Ar
 
     Returns:
         A source of uint8 (24, 24, 3) images, whose condition is {"tokens": (n, 4) int32}, indices
-        of `words`; len(words) stands for a word that is not said.
+        of `PROMPT_WORDS`; len(PROMPT_WORDS) stands for a word that is not said.
 
     Raises:
         ValueError: for another split, or a number out of range.
@@ -71,15 +71,15 @@ def prompts(split: str = "train", *, copies: int = 8, unsaid: float = 0.1) -> Ar
             x[row, i : i + side, j : j + side] = image[..., None] * paint[row]
     starts = np.cumsum([0, len(SIZES), len(COLOURS), len(DIGITS)])
     said = np.stack([size, colour, label, place], 1) + starts
-    tokens = np.where(unsaid > draws[5:9].T, len(WORDS), said).astype(np.int32)
-    return array_source(np.rint(x).astype(np.uint8), {"tokens": tokens}, words=WORDS)
+    tokens = np.where(unsaid > draws[5:9].T, len(PROMPT_WORDS), said).astype(np.int32)
+    return array_source(np.rint(x).astype(np.uint8), {"tokens": tokens}, words=PROMPT_WORDS)
 
 
 class PromptAttributes(NamedTuple):
     """What images of the world of `prompts` show, by indices of the words.
 
     Attributes:
-        size: `(n,)`, of `words`.
+        size: `(n,)`, of `PROMPT_WORDS`.
         colour: `(n,)`.
         place: `(n,)`.
         digit_pixels: `(n, 8, 8)` in [0, 1], the digit in grey for a classifier of digits.

@@ -252,7 +252,7 @@ def _condition(
             f"`{argument}` must hold one condition per example, shape ({count}, ...), got shape "
             f"{cond.shape}. Check that conditions and examples come from the same set."
         )
-    if cond.dtype == bool:
+    if cond.dtype == bool and not may_be_label:
         return cond, None  # a mask of tokens, say
     # Class numbers saved as floats are no condition; a scalar has a name, and is in a dict.
     if np.issubdtype(cond.dtype, np.floating) and (cond.ndim > 1 or not may_be_label):

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_number
+from jaxdiff._tree import is_known
 from jaxdiff.conditions import LABEL, as_entries, check_labels, check_taken
 from jaxdiff.taps import Tap
 
@@ -400,13 +402,25 @@ class Network(nnx.Module):
         """The output for one checked example, in any dtype."""
 
     def check_cond(self, cond: PyTree) -> None:
-        """Reject labels, of a batch or one example, that are known to be no class.
+        """Reject labels and words, of a batch or one example, that are known to be none.
 
         Raises:
             ValueError: naming the first.
         """
-        if self.embedding.num_classes is not None:
-            check_labels(as_entries(cond).get(LABEL), self.embedding.num_classes)
+        entries, embedding = as_entries(cond), self.embedding
+        if embedding.num_classes is not None:
+            check_labels(entries.get(LABEL), embedding.num_classes)
+        tokens = entries.get(TOKENS)
+        if embedding.num_words is None or tokens is None or not is_known(tokens):
+            return
+        words = np.asarray(tokens)
+        if np.issubdtype(words.dtype, np.integer) and words.size:
+            low, high = words.min(), words.max()
+            if low < 0 or high > embedding.num_words:
+                raise ValueError(
+                    f"Words must lie in [0, {embedding.num_words - 1}], or be "
+                    f"{embedding.num_words} for none, got {low if low < 0 else high}."
+                )
 
     def __call__(
         self,

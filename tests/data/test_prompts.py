@@ -65,6 +65,9 @@ def test_words_are_tokens_that_are_learned(kind):
     slope = jax.jit(jax.grad(lambda n: call(n, words).sum()))(network)
     moved = np.any(slope.embedding.words.embedding[...] != 0, axis=1)
     assert moved.tolist() == [True, False, False, True, False, True]
+    for wrong in (6, -1):
+        with pytest.raises(ValueError, match=rf"Words must lie in \[0, 4\], .* got {wrong}"):
+            network.check_cond({"tokens": np.asarray([[0, wrong]])})
     with pytest.raises(ValueError, match=r"integers \(n,\) in \[0, 5\], or \(n, 6\)"):
         network(x, t, {"tokens": jnp.zeros(3)})
     with pytest.raises(ValueError, match="`num_words` needs the size"):

@@ -247,7 +247,7 @@ def test_image_folder_without_classes(tmp_path):
 def test_image_folder_resizes_and_converts(tmp_path):
     save(tmp_path / "a/0.png", np.full((10, 20, 3), 200, np.uint8))
     save(tmp_path / "a/1.png", np.full((9, 5), 100, np.uint8))
-    source = image_folder(tmp_path, resize=4, mode="L")
+    source = image_folder(tmp_path, resize=np.int64(4), mode="L")
     assert source.event_shape == (4, 4, 1)
     np.testing.assert_allclose(source.x[:, 0, 0, 0], [200, 100], atol=1)
     # The centre is kept: black margins of a wide image disappear.
@@ -498,6 +498,7 @@ def test_eight_bit_images_reach_both_ends_exactly():
         (np.zeros((3, 2)), np.zeros((3, 1), int), r"got dtype int64 of shape \(3, 1\)"),
         (np.zeros((3, 2)), {"age": np.arange(3)}, r"`cond\['age'\]` must hold integer labels"),
         (np.zeros((3, 2)), np.zeros(3), r"integer labels, got dtype float64"),
+        (np.zeros((3, 2)), np.zeros(3, bool), r"integer labels, got dtype bool"),
         (np.zeros((3, 2)), np.array([0, -1, 2]), r"\[0, 3\), got -1 at index 1"),
     ],
 )
