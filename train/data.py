@@ -199,7 +199,8 @@ def _reduced(source: ArraySource, config: DataConfig) -> ArraySource:
 
 def _names(path: str) -> list[str]:
     try:
-        with np.load(path) as file:
+        # Opened here, because NumPy leaves a damaged archive open.
+        with open(path, "rb") as stream, np.load(stream) as file:
             return list(file)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return []  # the reader says what is wrong

@@ -104,7 +104,8 @@ def conditions(options: Options, info: DataInfo) -> Any:
         return {"tokens": jnp.asarray(np.resize(rows, (options.num_samples, len(rows[0]))))}
     if options.cond is not None:
         try:
-            with np.load(options.cond) as file:
+            # Opened here, because NumPy leaves a damaged archive open.
+            with open(options.cond, "rb") as stream, np.load(stream) as file:
                 found = {
                     name.removeprefix("cond/"): file[name]
                     for name in file

@@ -93,6 +93,31 @@ def test_anything_has_a_picture(tmp_path, shape, pixels):
             assert min(found.size) > 20 and np.asarray(found.convert("L")).std() > 5
 
 
+def test_classes_by_name_and_none_have_pictures(tmp_path):
+    """A class that is called "1" is that one; the label of none has a row, or a grid, too."""
+    info = DataInfo((4, 4, 1), 3, ("1", "2", "3"), (0, 1, 2), pixels=True)
+
+    def asked(*labels):
+        return sample.conditions(sample.Options("", num_samples=4, labels=labels), info).tolist()
+
+    assert asked("1", "2") == [0, 1, 0, 1]
+    assert asked("0") == [0] * 4 and asked("3") == [2] * 4
+    bare = DataInfo((4, 4, 1), 3, None, (0, 1, 2), pixels=True)
+    options = sample.Options("", num_samples=4, labels=("3",))
+    assert sample.conditions(options, bare).tolist() == [3] * 4
+    for labels in ([3, 3, 3, 3], [0, 3, 0, 3], [2, 2, 2, 0]):
+        x, cond = RNG.uniform(-1, 1, (4, 4, 4, 1)), jnp.asarray(labels)
+        evaluate.picture(tmp_path / "p.png", x, cond, x, cfg.EvaluationConfig(), info)
+        assert (tmp_path / "p.png").stat().st_size > 500
+    with pytest.raises(ValueError, match="the run has no captions"):
+        sample.conditions(sample.Options("", prompts=("",)), info)
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 damaged")
+    with pytest.raises(ValueError, match="`cond` must be an npz file"):
+        sample.conditions(sample.Options("", cond=str(tmp_path / "bad.npz")), info)
+    with pytest.raises(ValueError, match="must be an .npz file"):
+        build_sources(DataConfig("npz", str(tmp_path / "bad.npz")))
+
+
 def test_a_grid_shows_images_in_their_places(tmp_path):
     images = np.linspace(-1, 1, 6).reshape(6, 1, 1, 1) * np.ones((6, 16, 16, 1))
     report.image_grid(images, tmp_path / "g.png", columns=3, titles=["first", "second"])
@@ -218,6 +243,8 @@ def test_captions_are_trained_sampled_and_measured(tmp_path, capsys):
     pretrain.main(config)
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     assert all(0 <= figures[name] <= 1 for name in ("size", "colour", "place"))
+    # Real images show what their captions say; this is measured, too.
+    assert all(figures[f"{name}_floor"] == 1 for name in ("size", "colour", "place"))
     assert "colour as the caption says" in capsys.readouterr().out
     options = sample.Options(str(tmp_path), num_samples=4, prompts=("large red three", "left"))
     sample.main(options)
