@@ -146,9 +146,9 @@ def main() -> None:
     large = "--large" in sys.argv
     directories = [arg for arg in sys.argv[1:] if not arg.startswith("--")]
     if directories:
-        from train.sample import load_run
+        from jaxdiff.training import load_run
 
-        denoiser = load_run(directories[0])[2].players["model"].averaged()
+        denoiser = load_run(directories[0]).model
     elif large:
         denoiser = jaxdiff.NetworkDenoiser(networks.UNet(rngs=nnx.Rngs(0)), processes.VP())
     else:

@@ -15,5 +15,9 @@ def test_file_runs(path, capsys):
     assert len(path.read_text().splitlines()) < 85
 
 
-def test_there_is_one_for_each_kind():
+def test_there_is_one_for_each_kind_and_the_page_shows_them():
     assert {path.stem for path in FILES} == {"guidance", "loss", "metric", "solver", "source"}
+    page = (FILES[0].parent.parent / "extending.md").read_text()
+    for path in FILES:
+        # A formatter of Markdown's Python takes the marker for an expression.
+        assert f'--8<-- "docs/extending/{path.name}"' in page

@@ -3,7 +3,17 @@
 import subprocess
 import sys
 
-EXTRAS = ("grain", "sklearn", "pyarrow", "PIL", "matplotlib", "tyro", "tqdm", "tensorboardX")
+EXTRAS = (
+    "grain",
+    "sklearn",
+    "pyarrow",
+    "PIL",
+    "matplotlib",
+    "tyro",
+    "tqdm",
+    "tensorboardX",
+    "wandb",
+)
 
 
 def test_import_loads_no_extras_and_runs_without_them():

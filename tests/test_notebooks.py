@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from train import config as cfg
 from train import pretrain
+from train.pretraining.recipe import PRESETS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -27,7 +27,7 @@ def cells(path, kind="code"):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A short run of the demo's own path: its directory, and its state."""
-    preset, run_dir = cfg.PRESETS["digits"][1], tmp_path_factory.mktemp("runs") / "digits"
+    preset, run_dir = PRESETS["digits"][1], tmp_path_factory.mktemp("runs") / "digits"
     config = dataclasses.replace(
         preset,
         run_dir=str(run_dir),

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from typing import Annotated, Literal
+from pathlib import Path
 
 # Small factorisations gain nothing from threads of BLAS, and lose much where cores are shared.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -24,189 +24,15 @@ import numpy as np
 import tyro
 
 from jaxdiff.training import load_run
-from train import config as cfg
-from train import figures, report, study
-from train.data import build_sources
-from train.runner import run
+from train.core import figures
+from train.core.config import RunConfig, load_config
+from train.core.data import build_sources
+from train.core.runner import run
+from train.geometry import draw, measure
+from train.geometry.recipe import Options, resolved
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to measure; None for the preset's choice.
-
-    Attributes:
-        run_dir: directory written by train.pretrain.
-        preset: None for the one that suits the size of the run's examples.
-        out: folder of the report; None for geometry in the run directory.
-        data_path: where the data are, if they have moved.
-        seed: of the choice of examples and of all random numbers.
-        tap: the activation H; "mid" is a UNet's h-space.
-        num_samples: held-out examples.
-        times: in (0, 1], as fractions of the process's customary grid, which are the times
-            themselves for processes on [0, 1]; rounded to the steps of the inversion.
-        inversion_steps: steps of the grid from data to noise.
-        inversion_iterations: evaluations for each step of the inversion.
-        num_values: singular values in the figure of spectra.
-        rank: dimension of the subspaces that are compared.
-        block: columns per step of the Lanczos method; half the size of a small event makes it
-            exact.
-        chunk: Jacobian products at a time; 0 for all at once.
-        batch_size: points analysed at a time; more than 1 is for accelerators.
-        cut: frequency below which energy counts as low, in cycles per pixel.
-        num_labels: labels compared.
-        label_samples: examples seen under these labels.
-        edit_times: where examples are edited, like `times`.
-        edit_samples: examples that are edited.
-        num_directions: first directions that are followed, either way.
-        edit_scale: size of a move of x-space guidance.
-        num_edit_steps: moves.
-        structure_samples: examples for the figure of the score's structure.
-        trace_probes: random probes of traces; 0 for exact ones.
-        num_probes: random probes of other estimates.
-        normal_bundle: estimate the dimension from 4 d perturbations too.
-        num_train: training examples to which a Gaussian is fitted.
-        num_pairs: pairs of examples joined by curves.
-        curve_times: where they are, like `times`.
-        curve_steps: steps of a curve.
-        geodesic_iterations: iterations that make arcs geodesic; 0 leaves geodesics out.
-    """
-
-    run_dir: Annotated[str, tyro.conf.Positional]
-    preset: Literal["digits", "cifar10"] | None = None
-    out: str | None = None
-    data_path: str | None = None
-    seed: int = 0
-    tap: str = "mid"
-    num_samples: int | None = None
-    times: tuple[float, ...] | None = None
-    inversion_steps: int | None = None
-    inversion_iterations: int | None = None
-    num_values: int | None = None
-    rank: int | None = None
-    block: int | None = None
-    chunk: int | None = None
-    batch_size: int | None = None
-    cut: float | None = None
-    num_labels: int | None = None
-    label_samples: int | None = None
-    edit_times: tuple[float, ...] | None = None
-    edit_samples: int | None = None
-    num_directions: int | None = None
-    edit_scale: float | None = None
-    num_edit_steps: int | None = None
-    structure_samples: int | None = None
-    trace_probes: int | None = None
-    num_probes: int | None = None
-    normal_bundle: bool | None = None
-    num_train: int | None = None
-    num_pairs: int | None = None
-    curve_times: tuple[float, ...] | None = None
-    curve_steps: int | None = None
-    geodesic_iterations: int | None = None
-
-
-PRESETS = {
-    "digits": Options(
-        "",
-        num_samples=12,
-        times=(0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0),
-        inversion_steps=40,
-        inversion_iterations=20,
-        num_values=64,
-        rank=10,
-        block=32,
-        chunk=0,
-        batch_size=1,
-        cut=0.2,
-        num_labels=4,
-        label_samples=3,
-        edit_times=(0.9, 0.65, 0.35),
-        edit_samples=4,
-        num_directions=3,
-        edit_scale=0.2,
-        num_edit_steps=16,
-        structure_samples=3,
-        trace_probes=0,
-        num_probes=16,
-        normal_bundle=True,
-        num_train=10_000,
-        num_pairs=6,
-        curve_times=(0.2, 0.5, 0.8, 1.0),
-        curve_steps=16,
-        geodesic_iterations=0,
-    ),
-    "cifar10": Options(
-        "",
-        num_samples=8,
-        times=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0),
-        inversion_steps=50,
-        inversion_iterations=20,
-        num_values=50,
-        rank=20,
-        block=10,
-        chunk=10,
-        batch_size=1,
-        cut=0.1,
-        num_labels=3,
-        label_samples=2,
-        edit_times=(0.8, 0.6, 0.4),
-        edit_samples=3,
-        num_directions=3,
-        edit_scale=0.1,
-        num_edit_steps=16,
-        structure_samples=2,
-        trace_probes=4,
-        num_probes=8,
-        normal_bundle=False,
-        num_train=10_000,
-        num_pairs=3,
-        curve_times=(0.2, 0.6, 1.0),
-        curve_steps=16,
-        geodesic_iterations=0,
-    ),
-}
-
-
-def resolved(options: Options, size: int) -> Options:
-    """The options with the preset's choices filled in.
-
-    Args:
-        options: as given.
-        size: numbers in an example, which choose the preset if no name does.
-
-    Raises:
-        ValueError: for times outside (0, 1], or counts that do not fit each other.
-    """
-    name = options.preset or ("digits" if size <= 1024 else "cifar10")
-    given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
-    options = dataclasses.replace(PRESETS[name], **given, preset=name)
-    for field in ("times", "edit_times", "curve_times"):
-        values = getattr(options, field)
-        if not values or min(values) <= 0 or max(values) > 1:
-            raise ValueError(
-                f"`{field}` must lie in (0, 1], 0 being data and 1 noise, got {values}. They are "
-                "fractions of the process's grid."
-            )
-    if options.num_samples < 2:
-        raise ValueError(f"`num_samples` must be at least 2 to compare, got {options.num_samples}.")
-    limits = {
-        "edit_samples": "num_samples",
-        "label_samples": "num_samples",
-        "structure_samples": "num_samples",
-        "num_directions": "rank",
-        "rank": "num_values",
-    }
-    for small, large in limits.items():
-        low, high = getattr(options, small), getattr(options, large)
-        least = 2 if small == "edit_samples" else 1  # directions are carried to another
-        if not least <= low <= high:
-            raise ValueError(
-                f"`{small}` must lie between {least} and `{large}`, {high}, got {low}."
-            )
-    return options
-
-
-def main(options: Options) -> list[figures.Row]:
+def main(options: Options) -> list[draw.Row]:
     """Measure, and write the report.
 
     Returns:
@@ -216,7 +42,8 @@ def main(options: Options) -> list[figures.Row]:
         ValueError: for a run without images, an unknown tap, or options that do not fit.
     """
     begun = time.perf_counter()
-    config, found = cfg.load_config(options.run_dir), load_run(options.run_dir)
+    config = load_config(options.run_dir, RunConfig)
+    found = load_run(options.run_dir)
     if options.data_path is not None:
         moved = dataclasses.replace(config.data, path=options.data_path)
         config = dataclasses.replace(config, data=moved)
@@ -227,21 +54,34 @@ def main(options: Options) -> list[figures.Row]:
             f"{source.event_shape}. Its directions have no frequencies, nor pictures."
         )
     options = resolved(options, int(np.prod(source.event_shape)))
-    subject, rows = study.prepare(options, held_out, found.model)
+    folder = Path(options.out or Path(options.run_dir) / "geometry")
+    folder.mkdir(parents=True, exist_ok=True)
+    subject = measure.prepare(options, held_out, found.model)
+    rows = draw.inversion(folder, subject.x0, subject.round_trips)
 
-    bases = study.local_bases(subject)
-    rows += study.structure(subject, source, bases)
-    rows += study.directions(subject, bases)
-    rows += study.tangent_spaces(subject, bases)
-    rows += study.edited(subject, bases)
-    rows += study.curves(subject)
+    bases = measure.local_bases(subject)
+    times, size = bases.times, subject.x0[0].size
+    structure = measure.structure(subject, source, bases)
+    values = {"dh/dx": bases.values, "alpha dx0_hat/dx": structure.values}
+    rows += draw.spectra(folder, times, values)
+    rows += draw.structure(folder, times, structure, size)
+    rows += draw.directions(folder, times, measure.frequencies(subject, bases), options.cut)
+    distances = measure.distances(subject, bases)
+    rows += draw.distances_times(folder, times, distances)
+    rows += draw.distances_samples(folder, times, distances)
+    if distances.labels:
+        rows += draw.conditions(folder, times, distances)
+    edits = measure.edits(subject, bases)
+    rows += draw.edits(folder, edits)
+    rows += draw.transport(folder, edits)
+    rows += draw.curves(folder, measure.curves(subject))
     residual = float(jnp.max(bases.plain.residuals / bases.plain.values[..., :1]))
     # The method's own estimate does not count rounding.
     residual = max(residual, float(jnp.finfo(bases.plain.values.dtype).eps))
     rows.append(("largest residual of a triplet, relative", f"{residual:.1e}", ""))
-    write_report(subject, found.step, rows)
-    print(report.table(rows, ("measure", "value", "beside")))
-    print(f"\n{time.perf_counter() - begun:.0f} s; the report is {subject.folder}/report.md")
+    write_report(folder, subject, found.step, rows)
+    print(figures.table(rows, ("measure", "value", "beside")))
+    print(f"\n{time.perf_counter() - begun:.0f} s; the report is {folder}/report.md")
     return rows
 
 
@@ -269,7 +109,7 @@ CAPTIONS = {
 }
 
 
-def write_report(subject: study.Study, step: int, rows: list[figures.Row]) -> None:
+def write_report(folder: Path, subject: measure.Subject, step: int, rows: list[draw.Row]) -> None:
     """Write report.md: the table, the figures, and all that gives the numbers."""
     options = subject.options
     lines = [f"# Latent geometry of {options.run_dir}", "", f"Averaged weights of step {step}.", ""]
@@ -277,15 +117,15 @@ def write_report(subject: study.Study, step: int, rows: list[figures.Row]) -> No
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines += ["", "Means and standard errors over examples.", ""]
     for name, caption in CAPTIONS.items():
-        if (subject.folder / f"{name}.png").exists():
+        if (folder / f"{name}.png").exists():
             lines += [f"## {name}", "", f"![{name}]({name}.png)", "", f"{caption} "]
             lines += [f"[Numbers]({name}.csv)", ""]
     settings = json.dumps(dataclasses.asdict(options), indent=2)
     lines += ["## Settings", "", "```json", settings, "```", ""]
     lines += [f"Grid from {subject.grid[0]:g} to {subject.grid[-1]:g}; jax {jax.__version__}."]
-    temporary = subject.folder / "report.tmp.md"
+    temporary = folder / "report.tmp.md"
     temporary.write_text("\n".join(lines) + "\n")
-    temporary.rename(subject.folder / "report.md")
+    temporary.rename(folder / "report.md")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from typing import Annotated
 
 import tyro
 
-from train import config as cfg
+from train.core.config import load_config
+from train.core.runner import run
 from train.pretrain import main
-from train.runner import run
+from train.pretraining.recipe import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Options:
     labels_path: str | None = None
 
 
-def resumed(options: Options) -> cfg.Config:
+def resumed(options: Options) -> Config:
     """The configuration of the run, with what has changed."""
-    config = cfg.load_config(options.run_dir)
+    config = load_config(options.run_dir, Config)
     moved = {
         name: value
         for name, value in (("path", options.data_path), ("labels_path", options.labels_path))

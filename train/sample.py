@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import zipfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,59 +16,39 @@ import tyro
 
 from jaxdiff import parallel
 from jaxdiff.data import save_images
-from jaxdiff.training import load_run
-from train import config as cfg
-from train.data import DataInfo
-from train.evaluate import changed, draw, picture, requested_classes
-from train.runner import run
+from train.core.config import RunConfig, load_config
+from train.core.data import DataInfo
+from train.core.evaluation import picture
+from train.core.runner import run
+from train.core.sampling import SamplingOptions, changed, draw, load_model, requested_classes
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(SamplingOptions):
     """What to sample, and how; None for what the run's own evaluation does.
 
     Attributes:
-        run_dir: directory written by train.pretrain.
         num_samples: how many.
         labels: classes, by number or name, taken in turn; none for all that were trained.
         prompts: captions, as "large red three left", of words in any order, taken in turn.
         cond: npz file of conditions, "cond" or "cond/age" and so on, taken in turn.
-        guidance_scale: 1 is the plain conditional model.
-        solver: name of the solver.
-        sampling_steps: its steps.
-        times: the grid of steps.
-        order: of the solver.
-        eta: noise that the solver adds.
-        churn: noise that "heun" adds.
-        average: which average of the weights, counted from 0.
-        batch_size: samples computed at a time.
         seed: seed of the samples.
         out: directory of the samples; None for samples-<seed> in the run directory.
     """
 
-    run_dir: Annotated[str, tyro.conf.Positional]
     num_samples: int = 64
     labels: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     cond: str | None = None
-    guidance_scale: float | None = None
-    solver: cfg.SolverName | None = None
-    sampling_steps: int | None = None
-    times: cfg.TimesName | None = None
-    order: int | None = None
-    eta: float | None = None
-    churn: float | None = None
-    average: int | None = None
-    batch_size: int | None = None
     seed: int = 0
     out: str | None = None
 
 
 def main(options: Options) -> None:
     """Draw samples and write them: arrays, a picture, and images of their own by class."""
-    config = changed(cfg.load_config(options.run_dir), options)
+    config = changed(load_config(options.run_dir, RunConfig), options)
     settings, count = config.evaluation, options.num_samples
-    model, step, stored, _ = load_run(options.run_dir, average=settings.average)
+    model, step, stored, _ = load_model(config)
     info = DataInfo.from_json(stored)
     cond = conditions(options, info)
     target = Path(options.out or Path(options.run_dir) / f"samples-{options.seed}")

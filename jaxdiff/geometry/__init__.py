@@ -57,6 +57,7 @@ from jaxdiff.geometry._grassmann import grassmann_log as grassmann_log
 from jaxdiff.geometry._grassmann import karcher_mean as karcher_mean
 from jaxdiff.geometry._grassmann import pairwise_distances as pairwise_distances
 from jaxdiff.geometry._grassmann import principal_angles as principal_angles
+from jaxdiff.geometry._grassmann import random_distance as random_distance
 from jaxdiff.geometry._h_space import h_space_jacobian as h_space_jacobian
 from jaxdiff.geometry._h_space import h_space_pca as h_space_pca
 from jaxdiff.geometry._h_space import h_space_pca_per_step as h_space_pca_per_step
@@ -81,6 +82,8 @@ from jaxdiff.geometry._low_rank import subspace_affinity as subspace_affinity
 from jaxdiff.geometry._low_rank import subspace_clusters as subspace_clusters
 from jaxdiff.geometry._normal_bundle import NormalBundle as NormalBundle
 from jaxdiff.geometry._normal_bundle import normal_bundle as normal_bundle
+from jaxdiff.geometry._pullback import Transport as Transport
+from jaxdiff.geometry._pullback import compare_transport as compare_transport
 from jaxdiff.geometry._pullback import geodesic_shooting as geodesic_shooting
 from jaxdiff.geometry._pullback import local_basis as local_basis
 from jaxdiff.geometry._pullback import parallel_transport as parallel_transport

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff._tree import batched
 from jaxdiff.geometry._linalg import (
@@ -109,6 +109,36 @@ def pairwise_distances(
     values = batched(lambda i, j: distance(bases[i], bases[j]), batch_size)(rows, columns)
     upper = jnp.zeros((len(bases), len(bases)), values.dtype).at[rows, columns].set(values)
     return upper + upper.T
+
+
+def random_distance(
+    key: PRNGKeyArray,
+    rank: int,
+    size: int,
+    *,
+    num_subspaces: int = 12,
+    distance: Callable[[Array, Array], Array] = grassmann_distance,
+) -> tuple[Array, Array]:
+    """How far random subspaces are from each other: what distances between found ones compare to.
+
+    Spans of Gaussian matrices are uniform on the Grassmannian. In many dimensions all angles are
+    nearly right, and the distance is close to sqrt(rank) pi / 2.
+
+    Args:
+        key: typed PRNG key.
+        rank: r, dimension of the subspaces.
+        size: n, dimension of the space, at least r.
+        num_subspaces: N; all pairs of them are measured.
+        distance: a symmetric function of two bases.
+
+    Returns:
+        Mean and standard deviation over the N (N - 1) / 2 pairs, scalars.
+    """
+    normal = jax.random.normal(key, (num_subspaces, size, rank))
+    bases = jnp.linalg.qr(normal)[0].mT
+    upper = np.triu_indices(num_subspaces, 1)
+    values = pairwise_distances(bases, distance=distance)[upper]
+    return jnp.mean(values), jnp.std(values)
 
 
 @jax.default_matmul_precision("highest")

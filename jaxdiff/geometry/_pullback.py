@@ -10,14 +10,16 @@ the Lens of Riemannian Geometry", 2023, arXiv 2307.12868.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import jit
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.geometry._features import TapFeature
+from jaxdiff.geometry._jacobian import Jacobian
 from jaxdiff.geometry._ritz import GolubKahanLanczos, SpectralMethod, SubspaceIteration
 from jaxdiff.geometry._spectrum import Spectrum, jacobian_svd
 from jaxdiff.predictions import Eps
@@ -185,6 +187,70 @@ def parallel_transport(tangent: PyTree, target: Spectrum, *, power: float = 0.0)
     """
     weights = _inner(target.left, tangent) * target.values**-power
     return _combine(weights / jnp.linalg.norm(weights), target.right)
+
+
+class Transport(NamedTuple):
+    """The first K directions of one point at another one, and how they move h there.
+
+    Attributes:
+        directions: kind -> unit vectors in X, `(K, *event)`.
+        cosines: kind -> cosines in H of their moves J v with the carried u, `(K,)`.
+        lengths: of the projections of u on the tangent space there, `(K,)`: the largest cosine
+            that a direction in the span of the target's spectrum can have.
+    """
+
+    directions: dict[str, Array]
+    cosines: dict[str, Array]
+    lengths: Array
+
+
+@jax.default_matmul_precision("highest")
+def compare_transport(
+    f: Callable[[Array], Array],
+    x: Float[Array, "*event"],
+    source: Spectrum,
+    target: Spectrum,
+    num_directions: int,
+) -> Transport:
+    """Carry the first directions of one point to another in several ways, and compare them.
+
+    A direction v does at x what u = `source.left[k]` says if J v points along u. The ways are
+    "own_direction", the target's own v_k with the sign of u; "unchanged", the source's v_k as it
+    is; and "transport" and "pullback", `parallel_transport` with the powers 0 and 1, of which the
+    latter is the best in the span of the target's spectrum.
+
+    Args:
+        f: x -> h, arrays both.
+        x: the point to go to, `(*event)`.
+        source: spectrum of df/dx at the point that the directions come from.
+        target: that at x, of the same rank.
+        num_directions: K, at most the rank.
+
+    Returns:
+        A `Transport`. It costs 4 K products with the Jacobian.
+
+    Reference: Park et al., 2023, arXiv 2307.12868, whose figures show the edits that
+    the directions make; the cosines are ours.
+    """
+    left = target.left.reshape(len(target.values), -1)
+
+    def one(k, tangent, unchanged, own):
+        inner = left @ tangent.ravel()
+        found = {
+            "own_direction": own * jnp.where(jnp.take(inner, k) < 0, -1, 1),
+            "unchanged": unchanged,
+            "transport": parallel_transport(tangent, target, power=0.0),
+            "pullback": parallel_transport(tangent, target, power=1.0),
+        }
+        # Products, because the unchanged direction is not in the span of the target's.
+        rows = jnp.stack([v.ravel() for v in found.values()])
+        moves = Jacobian(f, x).forward(rows.T).T
+        cosines = moves @ tangent.ravel() / jnp.linalg.norm(moves, axis=1)
+        return found, dict(zip(found, cosines, strict=True)), jnp.linalg.norm(inner)
+
+    first = (source.left, source.right, target.right)
+    rows = (jnp.asarray(part)[:num_directions] for part in first)
+    return Transport(*jax.vmap(one)(jnp.arange(num_directions), *rows))
 
 
 @jit

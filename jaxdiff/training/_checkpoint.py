@@ -208,6 +208,34 @@ class CheckpointStore:
         step = self._newest()
         return None if step is None else self._restore(step, template, partial)
 
+    def restore(
+        self, template: PyTree, *, step: int, partial: bool = False
+    ) -> tuple[PyTree, Any, Any]:
+        """The checkpoint of a step, as `restore_latest` returns one.
+
+        Args:
+            template: a state of the right structure.
+            step: one of `steps()`.
+            partial: read only what the template has.
+
+        Returns:
+            `(state, data_state, config)`.
+
+        Raises:
+            ValueError: if there is none of this step, if it is damaged, or of another model.
+        """
+        if step not in self.steps():
+            raise ValueError(
+                f"`step` must be one of {self.steps()}, those in {self.directory}, got {step}."
+            )
+        try:
+            self._verify(step)
+        except _Damaged as damage:
+            raise ValueError(
+                f"Checkpoint {step} in {self.directory} is damaged: {damage}. Remove it."
+            ) from None
+        return self._restore(step, template, partial)
+
     def latest_config(self) -> Any | None:
         """Configuration in the newest checkpoint that is whole, or None if there is none."""
         step = self._newest()

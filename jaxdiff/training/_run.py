@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from jaxdiff.networks import Network
 from jaxdiff.training._checkpoint import CheckpointStore, write_json
+from jaxdiff.training._ema import PowerEMA, reconstruct_ema
 from jaxdiff.training._step import Player, PlayerState
 
 MODEL = "model.json"
@@ -59,6 +60,7 @@ def save_model(run_dir: str | Path, players: Mapping[str, Player], **info: Any) 
         name: {
             "model": to_json(player.model, name),
             "averages": player.ema.num_averages if player.ema else 0,
+            "widths": player.ema.sigma_rels if isinstance(player.ema, PowerEMA) else (),
         }
         for name, player in players.items()
     }
@@ -67,7 +69,13 @@ def save_model(run_dir: str | Path, players: Mapping[str, Player], **info: Any) 
     write_json(run_dir / MODEL, {"players": described, "info": info})
 
 
-def load_run(run_dir: str | Path, *, player: str | None = None, average: int | None = 0) -> Run:
+def load_run(
+    run_dir: str | Path,
+    *,
+    player: str | None = None,
+    average: int | None = 0,
+    sigma_rel: float | None = None,
+) -> Run:
     """A trained model from its run directory: no data, no optimiser, no code of the run.
 
     Args:
@@ -75,13 +83,16 @@ def load_run(run_dir: str | Path, *, player: str | None = None, average: int | N
         player: whose model; None where there is one player only.
         average: which of its averages; None for the weights as they were trained, as also for a
             player without averages.
+        sigma_rel: the relative width of an average that is made here (`reconstruct_ema`), of
+            those of a `PowerEMA` in all checkpoints; instead of one of them.
 
     Returns:
         The model of the newest checkpoint that is whole, its step, and what was saved beside it.
 
     Raises:
         ValueError: if the directory holds no run, no checkpoint, no such player or average, or
-            names a class that is not jaxdiff's.
+            names a class that is not jaxdiff's; or for a `sigma_rel` of a player without
+            power-function averages.
     """
     path = Path(run_dir) / MODEL
     try:
@@ -105,20 +116,40 @@ def load_run(run_dir: str | Path, *, player: str | None = None, average: int | N
             f"`average` must be None or below {count}, the number of averages of {player!r}, "
             f"got {average}."
         )
+    widths = tuple(players[player].get("widths", ()))
+    if sigma_rel is not None and not widths:
+        raise ValueError(
+            f"`sigma_rel` must be None for {player!r}, whose averages are not of PowerEMA, got "
+            f"{sigma_rel}. Train with an ema of PowerEMA()."
+        )
     model = from_json(players[player]["model"])
     # Averages are of the network; None in place of those that are not wanted.
     averages: list[PyTree] = []
-    if average is not None:
-        averages = [None] * average + [eqx.filter(model.network, eqx.is_inexact_array)]
-    state = PlayerState(model, None, averages)
-    template = {"players": {player: state}, "step": jnp.zeros((), jnp.int32)}
-    restored = CheckpointStore(Path(run_dir) / "checkpoints").restore_latest(template, partial=True)
+    weights = eqx.filter(getattr(model, "network", None), eqx.is_inexact_array)
+    if sigma_rel is not None:
+        averages = [weights] * len(widths)
+    elif average is not None:
+        averages = [None] * average + [weights]
+    template = {
+        "players": {player: PlayerState(model, None, averages)},
+        "step": jnp.zeros((), jnp.int32),
+    }
+    store = CheckpointStore(Path(run_dir) / "checkpoints")
+    restored = store.restore_latest(template, partial=True)
     if restored is None:
         raise ValueError(f"The run in {run_dir} has no checkpoint yet. Train it first.")
     found, _, config = restored
-    state = found["players"][player]
+    state, step = found["players"][player], int(found["step"])
+    if sigma_rel is not None:
+        snapshots: list[tuple[float, float, PyTree]] = []
+        for at in store.steps():
+            if at <= step:
+                there = store.restore(template, step=at, partial=True)[0]["players"][player]
+                snapshots += zip((at,) * len(widths), widths, there.averages, strict=True)
+        made = reconstruct_ema(snapshots, step=step, sigma_rel=sigma_rel)
+        state, average = dataclasses.replace(state, averages=[made]), 0
     model = state.model if average is None else state.averaged(index=average)
-    return Run(model, int(found["step"]), info, config)
+    return Run(model, step, info, config)
 
 
 def to_json(value: Any, where: str) -> Any:

@@ -13,6 +13,7 @@ from jaxdiff.geometry._grassmann import (
     karcher_mean,
     pairwise_distances,
     principal_angles,
+    random_distance,
 )
 
 SHAPE = (2, 3, 4)
@@ -73,6 +74,20 @@ def test_distances_of_many_subspaces(x64):
     chordal = pairwise_distances(jnp.asarray(bases), distance=chordal_distance, batch_size=None)
     expected = np.linalg.norm(projectors[:, None] - projectors, axis=(2, 3)) / np.sqrt(2)
     np.testing.assert_allclose(chordal, expected, atol=1e-12)
+
+
+def test_random_lines_have_the_angles_of_the_sphere(x64):
+    """On [0, pi/2] the angle of two lines in n dimensions has a density as sin(theta)^(n - 2)."""
+    theta = np.linspace(0, np.pi / 2, 20001)
+    for size in (2, 3, 8):
+        density = np.sin(theta) ** (size - 2)
+        mean = np.average(theta, weights=density)
+        deviation = np.sqrt(np.average((theta - mean) ** 2, weights=density))
+        found = random_distance(jax.random.key(size), 1, size, num_subspaces=200)
+        np.testing.assert_allclose(found, (mean, deviation), atol=0.02)
+    # In many dimensions all angles are nearly right.
+    mean, _ = random_distance(jax.random.key(0), 3, 2000)
+    np.testing.assert_allclose(mean, 3**0.5 * np.pi / 2, rtol=0.03)
 
 
 def test_exp_and_log_are_inverse_and_geodesics_have_their_length(x64):

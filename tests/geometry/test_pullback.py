@@ -12,9 +12,11 @@ from jaxdiff import NetworkDenoiser, denoise, guidance, invert, networks, predic
 from jaxdiff.denoiser import edit_taps
 from jaxdiff.geometry import (
     Offset,
+    Spectrum,
     SubspaceIteration,
     TapFeature,
     TapResponse,
+    compare_transport,
     geodesic_shooting,
     jacobian_svd,
     local_basis,
@@ -99,6 +101,37 @@ def test_transport(x64):
     np.testing.assert_allclose(jnp.linalg.norm(plain), 1)
     weights = end.left @ tangent
     np.testing.assert_allclose(end.right @ plain, weights / jnp.linalg.norm(weights), atol=1e-9)
+
+
+def test_carried_directions_move_as_their_jacobians_say():
+    """A perceptron at two points; J v by the matrix itself."""
+    rng = np.random.default_rng(0)
+    outer, inner, x = (rng.normal(size=s).astype(np.float32) for s in ((7, 6), (6, 5), (2, 5)))
+    matrices = [(outer * (1 - np.tanh(inner @ point) ** 2)) @ inner for point in x]
+    parts = [np.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
+    rank, zero = 3, jnp.zeros(())
+    source, target = (
+        Spectrum(values[:rank], right[:rank], left.T[:rank], zero, zero, zero, zero)
+        for left, values, right in parts
+    )
+    found = compare_transport(
+        lambda x: outer @ jnp.tanh(inner @ x), jnp.asarray(x[1]), source, target, 2
+    )
+    assert set(found.directions) == {"own_direction", "unchanged", "transport", "pullback"}
+    for k in range(2):
+        u = parts[0][0][:, k]
+        np.testing.assert_array_equal(found.directions["unchanged"][k], parts[0][2][k])
+        for kind, v in found.directions.items():
+            np.testing.assert_allclose(np.linalg.norm(v[k]), 1, rtol=1e-5)
+            move = matrices[1] @ v[k]
+            cosine = move @ u / np.linalg.norm(move)
+            np.testing.assert_allclose(found.cosines[kind][k], cosine, rtol=1e-4, atol=1e-5)
+        basis = parts[1][0][:, :rank]
+        np.testing.assert_allclose(found.lengths[k], np.linalg.norm(basis.T @ u), rtol=1e-5)
+    np.testing.assert_allclose(found.cosines["pullback"], found.lengths, rtol=1e-4)
+    assert (found.cosines["own_direction"] > 0).all()
+    for kind in ("own_direction", "transport"):  # the best in the span is the pullback
+        assert (found.cosines[kind] <= found.lengths + 1e-5).all()
 
 
 def test_shooting_on_a_sphere_follows_great_circles(x64):

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 import jaxdiff
-from jaxdiff.geometry import Spectrum, TapFeature, power_spectral_density
+from jaxdiff.geometry import TapFeature, power_spectral_density
 from jaxdiff.solvers import FixedPointInversion
 from jaxdiff.training import CheckpointStore, init_train_state, load_run, save_model
-from train import analyze, editing, figures, report
-from train import config as cfg
-from train.data import DataInfo
+from train import analyze
+from train.core import figures
+from train.core.config import NetworkConfig, load_config, save_config
+from train.core.data import DataInfo, build_source
+from train.geometry import draw
+from train.geometry import recipe as geometry_recipe
+from train.pretraining.recipe import PRESETS, Config, build_player
 
 FIGURES = (
     *("spectra", "directions", "distances_times", "distances_samples", "conditions", "edits"),
@@ -50,8 +54,8 @@ SMALL = {
 def make_run(run_dir, config):
     """A run directory whose weights have left their start, where outputs are zero."""
     config = dataclasses.replace(config, run_dir=str(run_dir))
-    info = DataInfo.of(cfg.build_source(config.data))
-    players = {"model": cfg.build_player(config, info)}
+    info = DataInfo.of(build_source(config.data))
+    players = {"model": build_player(config, info)}
     save_model(run_dir, players, **dataclasses.asdict(info))
     state = init_train_state(players, jax.random.key(0))
 
@@ -62,14 +66,14 @@ def make_run(run_dir, config):
         return leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype)
 
     CheckpointStore(Path(run_dir) / "checkpoints").save(jax.tree.map(move, state.unpack()), step=1)
-    cfg.save_config(config)
+    save_config(config)
     return run_dir
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    network = cfg.NetworkConfig(kind="dit", channels=16, depth=1)  # compiles quickly
-    preset = cfg.PRESETS["digits"][1]
+    network = NetworkConfig(kind="dit", channels=16, depth=1)  # compiles quickly
+    preset = PRESETS["digits"][1]
     return make_run(tmp_path_factory.mktemp("digits"), dataclasses.replace(preset, network=network))
 
 
@@ -122,7 +126,7 @@ def test_the_report_holds_all_that_gives_its_numbers(folder):
 def example(digits):
     """The first example that is analysed, by the documented choice, and the model."""
     denoiser = load_run(digits).model
-    held_out = cfg.build_source(cfg.load_config(digits).data, "test")
+    held_out = build_source(load_config(digits, Config).data, "test")
     index = np.random.default_rng(0).permutation(len(held_out))[0]
     grid = denoiser.process.times(8, denoiser.process.t_min)[::-1]
     return denoiser, jnp.asarray(held_out[index]["x"]), grid
@@ -183,37 +187,6 @@ def test_edits_of_either_kind_go_equally_far(folder):
     assert (table["image_change"] > 0).all() and (table["noise_energy"] > 0).all()
 
 
-def test_carried_directions_move_as_their_jacobians_say():
-    """A perceptron at three points; J v by the matrix itself."""
-    rng = np.random.default_rng(0)
-    outer, inner, x = (rng.normal(size=s).astype(np.float32) for s in ((7, 6), (6, 5), (3, 5)))
-    matrices = [(outer * (1 - np.tanh(inner @ point) ** 2)) @ inner for point in x]
-    parts = [np.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
-    rank, zero = 3, jnp.zeros(())
-    spectra = [
-        Spectrum(values[:rank], right[:rank], left.T[:rank], zero, zero, zero, zero)
-        for left, values, right in parts
-    ]
-    targets = jax.tree.map(lambda *leaves: jnp.stack(leaves), *spectra[1:])
-    found, cosines, lengths = editing.transport(
-        lambda x: outer @ jnp.tanh(inner @ x), jnp.asarray(x[1:]), spectra[0], targets, 2
-    )
-    assert found.shape == (4, 2, 2, 5) and cosines.shape == (4, 2, 2)
-    for n, k in np.ndindex(2, 2):
-        u = parts[0][0][:, k]
-        np.testing.assert_array_equal(found[1, n, k], parts[0][2][k])
-        for kind in range(4):
-            move = matrices[n + 1] @ found[kind, n, k]
-            np.testing.assert_allclose(
-                cosines[kind, n, k], move @ u / np.linalg.norm(move), rtol=1e-4, atol=1e-5
-            )
-        basis = parts[n + 1][0][:, :rank]
-        np.testing.assert_allclose(lengths[n, k], np.linalg.norm(basis.T @ u), rtol=1e-5)
-        np.testing.assert_allclose(np.linalg.norm(found[:, n, k], axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(cosines[3], lengths, rtol=1e-4)  # the best in the span
-    assert (cosines[0] > 0).all() and (np.asarray(cosines)[[0, 2]] <= lengths + 1e-5).all()
-
-
 def test_geodesics_are_no_longer_than_the_arcs_they_start_from(folder):
     table = read(folder / "curves.csv")
     lengths = {kind: chosen(table, curve=kind)["length"] for kind in ("line", "arc", "geodesic")}
@@ -222,16 +195,16 @@ def test_geodesics_are_no_longer_than_the_arcs_they_start_from(folder):
 
 
 def test_tables_are_tidy():
-    columns = report.tidy({"a": [1, 2], "b": ["x", "y", "z"]}, {"v": np.arange(6).reshape(2, 3)})
+    columns = figures.tidy({"a": [1, 2], "b": ["x", "y", "z"]}, {"v": np.arange(6).reshape(2, 3)})
     assert list(columns["a"]) == [1, 1, 1, 2, 2, 2]
     assert list(columns["b"]) == ["x", "y", "z"] * 2 and list(columns["v"]) == list(range(6))
-    both = report.stacked({"p": {"v": [1]}, "q": {"v": [2, 3]}}, "kind")
+    both = figures.stacked({"p": {"v": [1]}, "q": {"v": [2, 3]}}, "kind")
     assert both == {"kind": ["p", "q", "q"], "v": [1, 2, 3]}
 
 
 def test_a_mosaic_keeps_images_in_their_places():
     images = np.linspace(-1, 1, 6).reshape(2, 3, 1, 1, 1) * np.ones((2, 3, 4, 4, 1))
-    picture = figures.mosaic(images)
+    picture = draw.mosaic(images)
     assert picture.shape == (9, 14)
     np.testing.assert_allclose(picture[6, [1, 6, 11]], [0.6, 0.8, 1.0], rtol=1e-6)
     assert (picture[4] == 1).all() and (picture[:, 4] == 1).all()
@@ -256,13 +229,13 @@ def test_bad_options_get_one_clear_error(digits, changes, expected):
 
 
 def test_a_run_without_images_is_refused(tmp_path):
-    network = cfg.NetworkConfig(kind="mlp", channels=8, depth=1)
-    config = dataclasses.replace(cfg.PRESETS["toy2d"][1], network=network)
+    network = NetworkConfig(kind="mlp", channels=8, depth=1)
+    config = dataclasses.replace(PRESETS["toy2d"][1], network=network)
     with pytest.raises(ValueError, match=r"model of images.*shape \(2,\)"):
         analyze.main(analyze.Options(str(make_run(tmp_path, config))))
 
 
 def test_presets_make_every_choice():
-    for preset in analyze.PRESETS.values():
+    for preset in geometry_recipe.PRESETS.values():
         left = {name for name, value in dataclasses.asdict(preset).items() if value is None}
         assert left == {"preset", "out", "data_path"}

@@ -12,9 +12,11 @@ from PIL import Image
 import jaxdiff
 from jaxdiff import data, oracles, predictions, processes
 from jaxdiff.training import load_run
-from train import config as cfg
-from train import evaluate, pretrain, report, sample
-from train.data import DataConfig, DataInfo, build_sources
+from train import evaluate, pretrain, sample
+from train.core import building, evaluation, figures, sampling
+from train.core.config import EvaluationConfig, NetworkConfig
+from train.core.data import DataConfig, DataInfo, build_sources
+from train.pretraining.recipe import PRESETS, Config, build_prediction
 
 RNG = np.random.default_rng(0)
 
@@ -72,12 +74,12 @@ def test_clipping_is_last_and_of_pixels_alone():
     images = data.array_source(np.zeros((4, 8, 8, 1), np.uint8), [0, 1, 0, 1])
     key, cond = jax.random.key(0), jnp.zeros(2, jnp.int32)
     for scale in (1.0, 1.5, 7.5):
-        model = evaluate.guided(bright, images, scale)
+        model = sampling.guided(bright, DataInfo.of(images), scale)
         x = jaxdiff.sample(key, model, (8, 8, 1), 2, cond=cond, times=4).x
         np.testing.assert_allclose(x, min(1, 0.45 + 0.45 * scale), rtol=1e-5)
     latents = data.array_source(3 * RNG.normal(size=(40, 4, 4, 2)))
     exact = oracles.gaussian(processes.Cosine(), jnp.zeros((4, 4, 2)), 9 * jnp.eye(32))
-    model = evaluate.guided(exact, latents, 1.0)
+    model = sampling.guided(exact, DataInfo.of(latents), 1.0)
     assert model is exact
     assert DataInfo.of(data.digits()).pixels and not DataInfo.of(latents).pixels
 
@@ -86,9 +88,9 @@ def test_clipping_is_last_and_of_pixels_alone():
 @pytest.mark.parametrize("pixels", [True, False])
 def test_anything_has_a_picture(tmp_path, shape, pixels):
     info, values = DataInfo(shape, pixels=pixels), RNG.normal(size=(7, *shape))
-    settings = cfg.EvaluationConfig()
+    settings = EvaluationConfig()
     for reference in (RNG.normal(size=(9, *shape)), None):
-        evaluate.picture(tmp_path / "p.png", values, None, reference, settings, info)
+        evaluation.picture(tmp_path / "p.png", values, None, reference, settings, info)
         with Image.open(tmp_path / "p.png") as found:
             assert min(found.size) > 20 and np.asarray(found.convert("L")).std() > 5
 
@@ -107,7 +109,7 @@ def test_classes_by_name_and_none_have_pictures(tmp_path):
     assert sample.conditions(options, bare).tolist() == [3] * 4
     for labels in ([3, 3, 3, 3], [0, 3, 0, 3], [2, 2, 2, 0]):
         x, cond = RNG.uniform(-1, 1, (4, 4, 4, 1)), jnp.asarray(labels)
-        evaluate.picture(tmp_path / "p.png", x, cond, x, cfg.EvaluationConfig(), info)
+        evaluation.picture(tmp_path / "p.png", x, cond, x, EvaluationConfig(), info)
         assert (tmp_path / "p.png").stat().st_size > 500
     with pytest.raises(ValueError, match="the run has no captions"):
         sample.conditions(sample.Options("", prompts=("",)), info)
@@ -120,7 +122,7 @@ def test_classes_by_name_and_none_have_pictures(tmp_path):
 
 def test_a_grid_shows_images_in_their_places(tmp_path):
     images = np.linspace(-1, 1, 6).reshape(6, 1, 1, 1) * np.ones((6, 16, 16, 1))
-    report.image_grid(images, tmp_path / "g.png", columns=3, titles=["first", "second"])
+    figures.image_grid(images, tmp_path / "g.png", columns=3, titles=["first", "second"])
     with Image.open(tmp_path / "g.png") as found:
         grey = np.asarray(found.convert("L")).astype(float)
     levels = [value for value in np.round(np.linspace(0, 255, 6)) if (grey == value).sum() > 500]
@@ -133,9 +135,9 @@ def test_conditions_reach_from_a_file_to_samples(tmp_path, capsys):
     label = np.arange(60) % 2
     several = {"cond/label": label, "cond/age": age}
     base = dataclasses.replace(
-        cfg.PRESETS["toy2d"][1],
-        network=cfg.NetworkConfig("mlp", channels=8, depth=1),
-        evaluation=cfg.EvaluationConfig(num_samples=8, sampling_steps=2, guidance_scale=2.0),
+        PRESETS["toy2d"][1],
+        network=NetworkConfig("mlp", channels=8, depth=1),
+        evaluation=EvaluationConfig(num_samples=8, sampling_steps=2, guidance_scale=2.0),
         steps=2,
         batch_size=16,
     )
@@ -170,18 +172,18 @@ def test_samples_are_written_as_images_by_class(tmp_path, capsys):
     """From a folder to samples whose names and sizes are the folder's, without it."""
     root = folder_of(tmp_path / "images", [6, 6], size=(8, 12))
     config = dataclasses.replace(
-        cfg.PRESETS["digits"][1],
+        PRESETS["digits"][1],
         run_dir=str(tmp_path / "run"),
         data=DataConfig("folder", str(root)),
-        network=cfg.NetworkConfig("dit", channels=16, depth=1),
-        evaluation=cfg.EvaluationConfig(num_samples=8, sampling_steps=2, classifier_steps=0),
+        network=NetworkConfig("dit", channels=16, depth=1),
+        evaluation=EvaluationConfig(num_samples=8, sampling_steps=2, classifier_steps=0),
         steps=4,
         batch_size=8,
         sample_every=2,
     )
     pretrain.main(config)
-    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert "accuracy" not in figures and figures["nfe"] == 4
+    numbers = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert "accuracy" not in numbers and numbers["nfe"] == 4
     lines = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held_out = [r["held_out_loss"] for r in lines if "held_out_loss" in r]
     assert len(held_out) == 2 and np.isfinite(held_out).all()
@@ -209,42 +211,46 @@ def test_samples_are_written_as_images_by_class(tmp_path, capsys):
 
 def test_options_of_solvers_and_grids():
     process = processes.VP()
-    settings = cfg.EvaluationConfig(solver="dpmpp_2m", order=3, eta=0.5, times="karras")
-    solver = evaluate.build_solver(settings)
+    settings = EvaluationConfig(solver="dpmpp_2m", order=3, eta=0.5, times="karras")
+    solver = sampling.build_solver(settings)
     assert (solver.order, solver.eta) == (3, 0.5)
-    times = evaluate.build_times(settings, process)
+    times = sampling.build_times(settings, process)
     np.testing.assert_allclose(times, jaxdiff.solvers.karras_times(process, 25))
-    for name in evaluate.SOLVERS:
-        evaluate.build_solver(cfg.EvaluationConfig(solver=name))
+    for name in sampling.SOLVERS:
+        sampling.build_solver(EvaluationConfig(solver=name))
     for changes, name in (({"churn": 1.0}, "churn"), ({"solver": "euler", "eta": 0.1}, "eta")):
         with pytest.raises(ValueError, match=f"`{name}` is no option of the solver"):
-            evaluate.build_solver(cfg.EvaluationConfig(**changes))
+            sampling.build_solver(EvaluationConfig(**changes))
 
 
 def test_networks_take_the_conditions_of_the_data():
     info = DataInfo((8, 8, 1), 3, cond={"tokens": (5, 6), "token_mask": (5,), "age": ()})
-    assert cfg.condition_arguments(info) == {"num_classes": 3, "token_size": 6, "scalars": ["age"]}
+    assert building.condition_arguments(info) == {
+        "num_classes": 3,
+        "token_size": 6,
+        "scalars": ["age"],
+    }
     assert info.null_cond == {"label": 3, "tokens": 0.0}
     with pytest.raises(ValueError, match=r"The condition 'pose' has shape \(4,\)"):
-        cfg.condition_arguments(DataInfo((2,), cond={"pose": (4,)}))
-    assert predictions.V() == cfg.build_prediction(cfg.Config())
+        building.condition_arguments(DataInfo((2,), cond={"pose": (4,)}))
+    assert predictions.V() == build_prediction(Config())
 
 
 def test_captions_are_trained_sampled_and_measured(tmp_path, capsys):
-    preset = cfg.PRESETS["prompts"][1]
+    preset = PRESETS["prompts"][1]
     config = dataclasses.replace(
         preset,
         run_dir=str(tmp_path),
-        network=cfg.NetworkConfig("dit", channels=16, depth=1, patch_size=8),
+        network=NetworkConfig("dit", channels=16, depth=1, patch_size=8),
         evaluation=dataclasses.replace(preset.evaluation, num_samples=16, sampling_steps=2),
         steps=2,
         batch_size=16,
     )
     pretrain.main(config)
-    figures = json.loads((tmp_path / "evaluation.json").read_text())
-    assert all(0 <= figures[name] <= 1 for name in ("size", "colour", "place"))
+    numbers = json.loads((tmp_path / "evaluation.json").read_text())
+    assert all(0 <= numbers[name] <= 1 for name in ("size", "colour", "place"))
     # Real images show what their captions say; this is measured, too.
-    assert all(figures[f"{name}_floor"] == 1 for name in ("size", "colour", "place"))
+    assert all(numbers[f"{name}_floor"] == 1 for name in ("size", "colour", "place"))
     assert "colour as the caption says" in capsys.readouterr().out
     options = sample.Options(str(tmp_path), num_samples=4, prompts=("large red three", "left"))
     sample.main(options)
@@ -259,3 +265,53 @@ def test_captions_are_trained_sampled_and_measured(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             sample.main(dataclasses.replace(options, prompts=(wrong,)))
+
+
+def test_metrics_are_any_functions_of_samples_and_reference(tmp_path, capsys):
+    """Of any source; a number, or one with its standard error; and what real data reach."""
+
+    def mean_distance(samples, reference):
+        return np.linalg.norm(samples["x"].mean(0) - reference["x"].mean(0))
+
+    def spread(samples, reference):
+        return samples["x"].std(), 0.5
+
+    config = dataclasses.replace(
+        PRESETS["toy2d"][1],
+        run_dir=str(tmp_path),
+        data=DataConfig("rings"),
+        network=NetworkConfig("mlp", channels=8, depth=1),
+        evaluation=EvaluationConfig(
+            num_samples=64, sampling_steps=2, metrics=("mmd2",), ema_width=0.08
+        ),
+        ema="power",
+        steps=4,
+        batch_size=16,
+        checkpoint_every=2,
+    )
+    pretrain.main(config)
+    numbers = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {"mmd2", "mmd2_floor"} <= set(numbers) and "sliced_wasserstein" not in numbers
+    x = data.rings(jax.random.key(3), 200)
+    found = evaluation.measure(
+        {"mean_distance": mean_distance, "spread": spread, "mmd2": evaluation.mmd2},
+        {"x": np.asarray(x)},
+        {"x": np.asarray(x + 1)},
+        {"x": np.asarray(x + 1.1)},
+    )
+    assert found["mean_distance"] == pytest.approx(2**0.5, rel=1e-5)
+    assert found["mmd2"] > 0.1 > 10 * abs(found["mmd2_floor"])
+    assert found["spread_floor"] == pytest.approx(float(x.std()), rel=1e-5)
+    assert found["spread_standard_error"] == 0.5
+    # Again, of another average; and what cannot be taken of points is refused.
+    options = evaluate.Options(str(tmp_path), average=1, num_samples=32, name="second")
+    assert set(evaluate.main(options)) > {"mmd2", "mmd2_floor", "nfe"}
+    for changes, message in (
+        ({"metrics": ("accuracy",)}, r"`evaluation.metrics` must be among .* got 'accuracy'"),
+        ({"average": 2}, "`evaluation.average` must be below 2"),
+        ({"ema_width": 0.5}, "must lie in"),
+        ({"ema_width": 0.07, "average": 1}, "`evaluation.ema_width` must be left out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main(dataclasses.replace(options, **{"average": None, **changes}))
+    capsys.readouterr()

@@ -15,8 +15,9 @@ import pytest
 from runs import state_of
 
 from jaxdiff.training import load_run
-from train import config as cfg
 from train import evaluate, pretrain, resume, sample
+from train.core.config import RunConfig, from_json, load_config, save_config, to_json
+from train.pretraining.recipe import PRESETS, Config
 
 ROOT = Path(__file__).parent.parent.parent
 TOY = [
@@ -135,17 +136,17 @@ def test_a_run_is_measured_again_and_grows(tmp_path, uninterrupted, capsys):
     assert stored == figures and (run_dir / "samples-heun-3.png").exists()
     assert resume.cli([str(run_dir), "--steps", "1240"]) == 0
     assert "Going on from step 1200 of 1240" in capsys.readouterr().out
-    assert load_run(run_dir).step == 1240 and cfg.load_config(run_dir).steps == 1240
+    assert load_run(run_dir).step == 1240 and load_config(run_dir, Config).steps == 1240
     assert resume.cli([str(run_dir), "--steps", "1000"]) == 1
     assert "steps: 1240 there, 1000 here" in capsys.readouterr().err
     # Another run begins with its weights, as far as they have a place there.
     config = dataclasses.replace(
-        cfg.load_config(run_dir),
+        load_config(run_dir, Config),
         run_dir=str(tmp_path / "next"),
         init_from=str(run_dir),
         learning_rate=1e-12,
         steps=1,
-        network=dataclasses.replace(cfg.load_config(run_dir).network, depth=2),
+        network=dataclasses.replace(load_config(run_dir, Config).network, depth=2),
     )
     pretrain.main(config)
     printed = capsys.readouterr().out
@@ -156,7 +157,7 @@ def test_a_run_is_measured_again_and_grows(tmp_path, uninterrupted, capsys):
 
 
 def test_another_configuration_is_refused_with_the_difference(uninterrupted):
-    config = cfg.load_config(uninterrupted)
+    config = load_config(uninterrupted, Config)
     other = dataclasses.replace(config, run_dir=str(uninterrupted), batch_size=64, log_every=7)
     with pytest.raises(ValueError, match=r"contradicts.*batch_size: 32 there, 64 here\. Use"):
         pretrain.main(other)
@@ -200,36 +201,50 @@ def test_bad_command_lines_get_one_clear_error(tmp_path, capsys, arguments, expe
 
 def test_a_run_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json"):
-        cfg.load_config(tmp_path)
+        load_config(tmp_path, Config)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        cfg.load_config(tmp_path)
+        load_config(tmp_path, Config)
 
 
 def test_configurations_survive_json():
-    for _, config in cfg.PRESETS.values():
-        assert cfg.from_json(json.loads(json.dumps(cfg.to_json(config)))) == config
+    for _, config in PRESETS.values():
+        assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
 
 
 def test_configurations_of_other_versions(tmp_path):
     """Older ones get defaults and new names; what is newer says who wrote it."""
-    config = dataclasses.replace(cfg.PRESETS["digits"][1], run_dir=str(tmp_path))
-    cfg.save_config(config)
+    config = dataclasses.replace(PRESETS["digits"][1], run_dir=str(tmp_path))
+    save_config(config)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert cfg.load_config(tmp_path) == config and stored["version"]
-    del stored["version"], stored["ema"], stored["evaluation"]["order"], stored["data"]["lazy"]
+    assert load_config(tmp_path, Config) == config and stored["version"]
+    del (
+        stored["version"],
+        stored["ema"],
+        stored["writers"],
+        stored["evaluation"]["order"],
+        stored["data"]["lazy"],
+    )
     del stored["data"]["resize"], stored["data"]["mode"]
     stored["data"] |= {"size": 4, "gray": True}
+    stored["tensorboard"] = True
     (tmp_path / "config.json").write_text(json.dumps(stored))
     data = dataclasses.replace(config.data, resize=4, mode="gray")
-    assert cfg.load_config(tmp_path) == dataclasses.replace(config, data=data)
+    config = dataclasses.replace(config, data=data, writers=("tensorboard",))
+    assert load_config(tmp_path, Config) == config
+    # What all recipes have is read of any of them.
+    stored["what_another_recipe_has"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert load_config(tmp_path, RunConfig).evaluation == config.evaluation
+    del stored["what_another_recipe_has"]
     stored |= {"version": "9.9", "network": {**stored["network"], "experts": 8}}
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"written by jaxdiff 9.9: .* not know: network.experts"):
-        cfg.load_config(tmp_path)
+        load_config(tmp_path, Config)
 
 
-def test_batches_must_divide_among_the_devices():
-    config = dataclasses.replace(cfg.PRESETS["toy2d"][1], batch_size=60)
+def test_batches_must_divide_among_the_devices(tmp_path):
+    config = dataclasses.replace(PRESETS["toy2d"][1], run_dir=str(tmp_path), batch_size=60)
     with pytest.raises(ValueError, match="divisible by the 8 devices"):
-        pretrain.check_batch(config, pretrain.parallel.make_mesh())
+        pretrain.main(config)
+    assert not any(tmp_path.iterdir())

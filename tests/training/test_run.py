@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from jaxdiff.training import (
     init_train_state,
     load_run,
     save_model,
+    sigma_rel_to_gamma,
 )
 from jaxdiff.training._run import from_json, to_json
 
@@ -115,6 +117,38 @@ def test_players_and_averages_are_chosen(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_run(tmp_path, **options)
+
+
+def test_an_average_of_another_width_is_made_of_all_checkpoints(tmp_path):
+    """Weights that follow a curve; the width that was not kept, by the average of its own."""
+    kept, wanted = (0.05, 0.1), 0.07
+    made = player(ema=PowerEMA(kept), process=jaxdiff.processes.VP())
+    save_model(tmp_path, {"model": made})
+    state = init_train_state({"model": made}, jax.random.key(0)).unpack()
+    network = eqx.filter(made.model.network, eqx.is_inexact_array)
+    store, widths = CheckpointStore(tmp_path / "checkpoints", keep=8), (*kept, wanted)
+    count = np.arange(1, 401)
+    curve = np.sin(count / 60) + count / 400
+    gammas = [sigma_rel_to_gamma(width) for width in widths]
+    for last in range(50, 401, 50):
+        profiles = [
+            count[:last] ** (gamma + 1) - (count[:last] - 1) ** (gamma + 1) for gamma in gammas
+        ]
+        means = [np.average(curve[:last], weights=profile) for profile in profiles]
+        state["players"]["model"] = eqx.tree_at(
+            lambda p: p.averages,
+            state["players"]["model"],
+            [jax.tree.map(lambda w, m=m: w * m, network) for m in means[:2]],
+        )
+        store.save(state | {"step": jnp.asarray(last)}, step=last)
+    run = load_run(tmp_path, sigma_rel=wanted)
+    first = run.model.network.first.kernel[...] / network.first.kernel[...]
+    np.testing.assert_allclose(first, means[2], rtol=2e-3)
+    assert run.step == 400 and abs(means[2] - means[0]) > 0.05 < abs(means[2] - means[1])
+    made = player(process=jaxdiff.processes.VP())
+    saved(tmp_path / "without", {"model": made})
+    with pytest.raises(ValueError, match="`sigma_rel` must be None for 'model'"):
+        load_run(tmp_path / "without", sigma_rel=wanted)
 
 
 def test_only_classes_of_jaxdiff_are_written_and_read(tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from train.editing import KINDS, Edits
-from train.report import save_figure, stacked, tidy, write_csv
+from train.core.figures import save_figure, stacked, tidy, write_csv
+from train.geometry.measure import TRANSPORTS, Curves, Distances, Edits, Frequencies, Structure
 
 Row = tuple[str, str, str]
 SPACES = {"H": "tangent space in H (left)", "X": "latent basis in X (right)"}
@@ -77,21 +77,16 @@ def spectra(folder: Path, times: np.ndarray, values: dict[str, np.ndarray]) -> l
     return rows
 
 
-def directions(
-    folder: Path, times, ring, density, mean, low, white: tuple[float, float], cut: float
-) -> list[Row]:
+def directions(folder: Path, times, found: Frequencies, cut: float) -> list[Row]:
     """Frequencies of the right singular vectors.
 
     Args:
         folder: where.
         times: `(T,)`.
-        ring: frequencies, `(K,)`.
-        density: power spectral density, `(T, N, r, K)`.
-        mean: mean frequency, `(T, N, r)`.
-        low: share of energy below the cut, `(T, N, r)`.
-        white: mean frequency of white noise, and its share below the cut.
+        found: what was measured.
         cut: in cycles per pixel.
     """
+    ring, density, mean, low, white = found
     count, rank = mean.shape[1:]
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.2), layout="constrained")
     for t, color, one in zip(times, _colors(times), density.mean((1, 2)), strict=True):
@@ -134,18 +129,18 @@ def _matrix(figure, axis, matrix, ticks, top: float, label: str) -> None:
     figure.colorbar(image, ax=axis, shrink=0.8, label=label)
 
 
-def distances_times(folder: Path, times, found: dict, random: dict) -> list[Row]:
+def distances_times(folder: Path, times, found: Distances) -> list[Row]:
     """Distances between the subspaces of one sample at different times.
 
     Args:
         folder: where.
         times: `(T,)`.
-        found: space -> `(N, T, T)`.
-        random: space -> mean and deviation for random subspaces.
+        found: what was measured.
     """
+    random = found.random
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     tables, rows = {}, []
-    for (space, matrices), axis in zip(found.items(), axes, strict=True):
+    for (space, matrices), axis in zip(found.times.items(), axes, strict=True):
         mean, error = _mean_error(np.moveaxis(matrices, 0, -1))
         ticks = [f"{t:.2g}" for t in times]
         _matrix(figure, axis, mean, ticks, random[space][0], "geodesic distance")
@@ -168,18 +163,18 @@ def per_sample(matrices: np.ndarray) -> np.ndarray:
     return matrices.sum(-1) / (matrices.shape[-1] - 1)
 
 
-def distances_samples(folder: Path, times, found: dict, random: dict) -> list[Row]:
+def distances_samples(folder: Path, times, found: Distances) -> list[Row]:
     """Distances between the subspaces of different samples at each time.
 
     Args:
         folder: where.
         times: `(T,)`.
-        found: space -> `(T, N, N)`.
-        random: space -> mean and deviation for random subspaces.
+        found: what was measured.
     """
+    random = found.random
     figure, axes = plt.subplots(2, 4, figsize=(19, 8.5), layout="constrained")
     tables, rows = {}, []
-    for (space, matrices), line in zip(found.items(), axes, strict=True):
+    for (space, matrices), line in zip(found.samples.items(), axes, strict=True):
         mean, error = _mean_error(per_sample(matrices))
         level, deviation = random[space]
         line[0].errorbar(times, mean, error, marker="o", ms=4, capsize=3, label="samples")
@@ -208,22 +203,21 @@ def distances_samples(folder: Path, times, found: dict, random: dict) -> list[Ro
     return rows
 
 
-def conditions(folder: Path, times, labels: dict, samples: dict, random: dict) -> list[Row]:
+def conditions(folder: Path, times, found: Distances) -> list[Row]:
     """Distances between the subspaces of one noisy example under different labels.
 
     Args:
         folder: where.
         times: `(T,)`.
-        labels: space -> `(T, S, L, L)`.
-        samples: space -> distances between samples, `(T, N, N)`.
-        random: space -> mean and deviation for random subspaces.
+        found: what was measured, of labels too.
     """
+    random = found.random
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     tables, rows = {}, []
-    for (space, matrices), axis in zip(labels.items(), axes, strict=True):
+    for (space, matrices), axis in zip(found.labels.items(), axes, strict=True):
         scales = {
             "labels of one example": per_sample(matrices).mean(-1),
-            "samples": per_sample(samples[space]),
+            "samples": per_sample(found.samples[space]),
         }
         for name, values in scales.items():
             mean, error = _mean_error(values)
@@ -310,30 +304,32 @@ def transport(folder: Path, results: dict[float, Edits]) -> list[Row]:
         results: time -> edits.
     """
     cells, tables = {}, {}
-    cosines = np.stack([found.cosines for found in results.values()])
     for t, found in results.items():
-        _, targets, count = found.cosines.shape
+        targets, count = found.transport.lengths.shape
         coordinates = {"target": range(1, targets + 1), "direction": range(1, count + 1)}
-        values = {f"cosine of {kind}": found.cosines[i] for i, kind in enumerate(KINDS)}
-        values = {name.replace(" ", "_"): value for name, value in values.items()}
-        tables[t] = tidy(coordinates, values | {"projection_length": found.lengths})
+        values = {f"cosine_of_{kind}": found.transport.cosines[kind] for kind in TRANSPORTS}
+        tables[t] = tidy(coordinates, values | {"projection_length": found.transport.lengths})
         for kind, strips in found.carried.items():
-            row = f"t = {t:.2g}\n{kind}"
+            row = f"t = {t:.2g}\n{kind.replace('_', ' ')}"
             cells[row, "example 0"] = found.source[None]
             for target, strip in enumerate(strips, 1):
                 cells[row, f"to example {target}"] = strip[None]
     columns = stacked(tables, "t")
     _finish(_strips(cells), folder, "transport", columns)
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for i, kind in enumerate(KINDS):
-        mean, error = _mean_error(cosines[:, i].mean(-1))
-        axis.errorbar(list(results), mean, error, marker="o", ms=4, capsize=3, label=kind)
+    for kind in TRANSPORTS:
+        cosines = np.stack([found.transport.cosines[kind] for found in results.values()])
+        mean, error = _mean_error(cosines.mean(-1))
+        label = kind.replace("_", " ")
+        axis.errorbar(list(results), mean, error, marker="o", ms=4, capsize=3, label=label)
     axis.set(xlabel="t", ylabel="cosine of the move in H with u", ylim=(0, 1.02))
     axis.legend(frameon=False)
     _finish(figure, folder, "transport_cosines", columns)
     rows = []
     for t, found in results.items():
-        own, unchanged, carried, best = (_number(c.mean(-1), "{:.2f}") for c in found.cosines)
+        own, unchanged, carried, best = (
+            _number(found.transport.cosines[kind].mean(-1), "{:.2f}") for kind in TRANSPORTS
+        )
         other = f"pullback {best}, unchanged {unchanged}, own {own}"
         rows.append((f"cosine of the move at t = {t:.2g}, transport", carried, other))
     return rows
@@ -367,18 +363,17 @@ def inversion(folder: Path, x0, errors: dict[str, np.ndarray]) -> list[Row]:
     return [("round trip of inversion, RMS error", _number(rms["fixed point"], form), other)]
 
 
-def structure(folder: Path, times, found: dict[str, np.ndarray], size: int) -> list[Row]:
+def structure(folder: Path, times, measured: Structure, size: int) -> list[Row]:
     """The denoiser's Jacobian and the score against t.
 
     Args:
         folder: where.
         times: `(T,)`.
-        found: what `geometry.structure` returns, `(T, S)`, and "explained_variance", `(T,)`.
+        measured: what was measured.
         size: of the event.
     """
+    found, explained = dict(measured.measures), measured.explained
     count = next(iter(found.values())).shape[1]
-    found = dict(found)
-    explained = found.pop("explained_variance")
     residual = found["fokker_planck_residual"] / found["score_change"]
     found["fokker_planck_relative"] = residual
     dimensions = {name: found[name] for name in found if name.startswith("dimension")}
@@ -427,25 +422,26 @@ def _later(times, values: np.ndarray) -> str:
     return ", ".join(f"{values[i].mean():.3f} at t = {times[i]:.2g}" for i in shown)
 
 
-def curves(folder: Path, times, found: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[Row]:
+def curves(folder: Path, found: Curves) -> list[Row]:
     """Lengths and curvedness of curves between samples.
 
     Args:
         folder: where.
-        times: `(C,)`.
-        found: kind -> lengths and curvednesses, `(C, P)` each.
+        found: what was measured.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     tables = {}
-    for name, values in found.items():
-        coordinates = {"t": times, "pair": range(values[0].shape[1])}
-        tables[name] = tidy(coordinates, dict(zip(("length", "curvedness"), values, strict=True)))
-        for axis, value in zip(axes, values, strict=True):
+    for name, lengths in found.lengths.items():
+        values = {"length": lengths, "curvedness": found.curvedness[name]}
+        tables[name] = tidy({"t": found.times, "pair": range(lengths.shape[1])}, values)
+        for axis, value in zip(axes, values.values(), strict=True):
             mean, error = _mean_error(value)
-            axis.errorbar(times, mean, error, marker="o", ms=4, capsize=3, label=name)
+            axis.errorbar(found.times, mean, error, marker="o", ms=4, capsize=3, label=name)
     for axis, title in zip(axes, ("length in H", "curvedness in H"), strict=True):
         axis.set(xlabel="t", ylabel=title, ylim=(0, None))
         axis.legend(frameon=False)
     _finish(figure, folder, "curves", stacked(tables, "curve"))
-    others = ", ".join(f"{k} {_number(v[0], '{:.2f}')}" for k, v in found.items() if k != "line")
-    return [("length in H of lines between samples", _number(found["line"][0], "{:.2f}"), others)]
+    numbers = {kind: _number(values, "{:.2f}") for kind, values in found.lengths.items()}
+    line = numbers.pop("line")
+    others = ", ".join(f"{kind} {number}" for kind, number in numbers.items())
+    return [("length in H of lines between samples", line, others)]

@@ -1,0 +1,1 @@
+"""What all recipes share: data, configuration, the loop, sampling, measuring, pictures."""

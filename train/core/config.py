@@ -1,0 +1,322 @@
+"""Pieces of configuration that recipes share, and the files they are kept in."""
+
+import dataclasses
+import json
+from importlib import metadata
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jaxdiff.training import sigma_rel_to_gamma, write_json
+from train.core.data import DataConfig
+
+SolverName = Literal[
+    *("ddim", "ancestral", "heun", "euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"),
+    *("sa_solver", "seeds"),
+]
+TimesName = Literal["uniform", "log_snr", "karras", "polyexponential", "quadratic"]
+MetricName = Literal[
+    *("accuracy", "frechet", "sliced_wasserstein", "mmd2", "size", "colour", "place"),
+]
+WriterName = Literal["tensorboard", "wandb"]
+T = TypeVar("T", bound="RunConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """The network.
+
+    Attributes:
+        kind: unet and dit take images, mlp vectors.
+        channels: base width of a unet, width of the others.
+        channel_mults: widths of a unet's levels.
+        num_res_blocks: residual blocks per level of a unet.
+        attention_resolutions: image sizes at which a unet attends.
+        depth: blocks of a dit or mlp.
+        num_heads: attention heads.
+        patch_size: of a dit.
+        dropout: dropout rate.
+        scale_shift: modulate norms by the embedding (unet).
+        bfloat16: compute in bfloat16; weights stay float32.
+        remat: recompute blocks in the backward pass, to save memory.
+    """
+
+    kind: Literal["unet", "dit", "mlp"] = "unet"
+    channels: int = 32
+    channel_mults: tuple[int, ...] = (1, 2)
+    num_res_blocks: int = 1
+    attention_resolutions: tuple[int, ...] = (4,)
+    depth: int = 6
+    num_heads: int = 1
+    patch_size: int = 2
+    dropout: float = 0.0
+    scale_shift: bool = True
+    bfloat16: bool = False
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn.
+
+    Attributes:
+        guidance_scale: 1 is the plain conditional model, 0 the unconditional one.
+        solver: see `train.core.sampling`.
+        sampling_steps: steps of the solver.
+        times: the grid of steps; None for the one customary for the process and the solver.
+        order: of the solver; None for its own.
+        eta: noise that the solver adds; None for its own.
+        churn: noise that "heun" adds, over all steps.
+        average: which average of the weights, counted from 0.
+        ema_width: relative width of an average that is made afterwards, of all the power-function
+            averages in the checkpoints; None for `average`.
+        batch_size: samples computed at a time.
+    """
+
+    guidance_scale: float = 1.5
+    solver: SolverName = "ddim"
+    sampling_steps: int = 25
+    times: TimesName | None = None
+    order: int | None = None
+    eta: float | None = None
+    churn: float | None = None
+    average: int = 0
+    ema_width: float | None = None
+    batch_size: int = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(SamplingConfig):
+    """Sampling and measuring; may change when a run is resumed.
+
+    Attributes:
+        num_samples: samples measured.
+        per_class: samples of each class in the picture.
+        metrics: what is measured; none for all that suit the data.
+        classifier_steps: training steps of the classifier that measures images of classes, 0 for
+            none.
+    """
+
+    num_samples: int = 1000
+    per_class: int = 10
+    metrics: tuple[MetricName, ...] = ()
+    classifier_steps: int = 1200
+
+
+# Values that must be at least so large.
+_LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"), 1),
+    **dict.fromkeys(("keep_checkpoints", "network.channels", "network.depth"), 1),
+    **dict.fromkeys(("network.num_res_blocks", "network.num_heads", "network.patch_size"), 1),
+    **dict.fromkeys(("evaluation.num_samples", "evaluation.per_class"), 1),
+    **dict.fromkeys(("evaluation.sampling_steps", "evaluation.batch_size"), 1),
+    **dict.fromkeys(("warmup_steps", "sample_every", "seed", "evaluation.classifier_steps"), 0),
+    **dict.fromkeys(("evaluation.average", "evaluation.guidance_scale"), 0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every training run has; recipes add their own.
+
+    Attributes:
+        run_dir: where everything is written.
+        data: the data set.
+        network: the network.
+        evaluation: sampling and measuring at the end.
+        steps: training steps.
+        batch_size: global batch size.
+        learning_rate: peak of a schedule that rises linearly and falls as a cosine.
+        warmup_steps: length of the rise.
+        grad_clip: largest norm of the gradient.
+        accumulate: micro-batches per update.
+        ema: how weights are averaged: with a constant decay, or by power functions of several
+            widths, from which any other is made afterwards.
+        ema_decay: decay of the constant average.
+        ema_widths: relative widths of the power functions.
+        init_from: directory of a run whose weights this one begins with, where names and shapes
+            are the same.
+        seed: seed of everything.
+        log_every: steps between logged metrics; may change when a run is resumed.
+        sample_every: steps between pictures of samples and the loss on held-out data, 0 for none;
+            may change when a run is resumed.
+        checkpoint_every: steps between checkpoints; may change when a run is resumed.
+        keep_checkpoints: how many are kept; may change when a run is resumed.
+        writers: where the log goes beside metrics.jsonl; may change when a run is resumed.
+    """
+
+    run_dir: str = "runs/digits"
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    steps: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    grad_clip: float = 1.0
+    accumulate: int = 1
+    ema: Literal["constant", "power"] = "constant"
+    ema_decay: float = 0.995
+    ema_widths: tuple[float, ...] = (0.05, 0.10)
+    init_from: str = ""
+    seed: int = 0
+    log_every: int = 20
+    sample_every: int = 0
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 3
+    writers: tuple[WriterName, ...] = ()
+
+    def check(self) -> None:
+        """Refuse numbers that make no run, before any work.
+
+        Raises:
+            ValueError: naming the first field.
+        """
+        for name, least in _LEAST.items():
+            value = attrgetter(name)(self)
+            if not value >= least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        self.check_positive("learning_rate", "grad_clip")
+        average, width = self.evaluation.average, self.evaluation.ema_width
+        count = 1 if self.ema == "constant" else len(self.ema_widths)
+        if average >= count:
+            raise ValueError(
+                f"`evaluation.average` must be below {count}, the number of averages, got "
+                f"{average}."
+            )
+        if width is not None and (self.ema == "constant" or average):
+            raise ValueError(
+                "`evaluation.ema_width` must be left out with an `average` of its own, and for a "
+                "run that was not trained with --ema power."
+            )
+        if width is not None:
+            sigma_rel_to_gamma(width)
+
+    def check_positive(self, *names: str) -> None:
+        """Refuse numbers that are not positive and finite."""
+        for name in names:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"`{name}` must be positive and finite, got {getattr(self, name)}."
+                )
+
+
+FREE_FIELDS = (
+    "run_dir",
+    "evaluation",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "writers",
+)
+"""Fields that do not change what is trained, and so may differ when a run is resumed."""
+
+
+# What older versions called fields of the data.
+_RENAMED = {"size": "resize", "gray": "mode"}
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(kind: type[T], value: dict[str, Any]) -> T:
+    """The configuration that `to_json` wrote, of this version or an older one."""
+
+    def build(kind, value, prefix=""):
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        unknown = sorted(set(value) - set(fields))
+        if unknown:
+            raise ValueError(f"it has fields that this version does not know: {prefix}{unknown[0]}")
+        return kind(
+            **{
+                name: build(type(fields[name].default), item, f"{name}.")
+                if isinstance(item, dict)
+                else tuple(item)
+                if isinstance(item, list)
+                else item
+                for name, item in value.items()
+            }
+        )
+
+    value = dict(value)
+    if "data" in value:
+        data = dict(value["data"])
+        if "gray" in data:
+            data["gray"] = "gray" if data["gray"] else None
+        value["data"] = {_RENAMED.get(name, name): item for name, item in data.items()}
+    if "tensorboard" in value:
+        value["writers"] = ("tensorboard",) if value.pop("tensorboard") else ()
+    if kind is RunConfig:  # of whatever recipe
+        known = {f.name for f in dataclasses.fields(RunConfig)}
+        value = {name: item for name, item in value.items() if name in known}
+    return build(kind, value)
+
+
+def load_config(run_dir: str | Path, kind: type[T]) -> T:
+    """The configuration of a run directory, with defaults for what older versions had not.
+
+    Args:
+        run_dir: the run's directory.
+        kind: the recipe's configuration, or `RunConfig` for what all recipes have.
+
+    Raises:
+        ValueError: if the directory has none that can be read.
+    """
+    path = Path(run_dir) / "config.json"
+    try:
+        value = json.loads(path.read_text())
+        version = value.pop("version", "of before 0.3")
+        return dataclasses.replace(from_json(kind, value), run_dir=str(run_dir))
+    except FileNotFoundError:
+        raise ValueError(
+            f"`run_dir` must be a directory written by a recipe, got {run_dir}: it has no "
+            "config.json."
+        ) from None
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} was written by jaxdiff {version}: {error}.") from None
+
+
+def save_config(config: RunConfig) -> None:
+    """Write config.json, with the version that wrote it."""
+    stored = {"version": metadata.version("jaxdiff"), **to_json(config)}
+    write_json(Path(config.run_dir) / "config.json", stored)
+
+
+def contradictions(stored: dict[str, Any], config: RunConfig) -> list[str]:
+    """What of a configuration contradicts the stored one, e.g. "batch_size: 64 there, 32 here"."""
+
+    def compare(old, new, prefix=""):
+        for name in sorted(set(old) | set(new)):
+            if not prefix and name in FREE_FIELDS:
+                continue
+            before, now = old.get(name), new.get(name)
+            if isinstance(before, dict) and isinstance(now, dict):
+                yield from compare(before, now, f"{prefix}{name}.")
+            elif name == "steps" and now > before:
+                continue  # longer is the same run
+            elif before != now and f"{prefix}{name}" not in ("data.path", "data.labels_path"):
+                yield f"{prefix}{name}: {before} there, {now} here"
+
+    return list(compare(stored, to_json(config)))
+
+
+def check_same(config: RunConfig) -> None:
+    """A run goes on only with the configuration it began with.
+
+    Raises:
+        ValueError: with all that contradicts the run in the directory.
+    """
+    run_dir = Path(config.run_dir)
+    if not (run_dir / "config.json").exists():
+        return
+    differences = contradictions(to_json(load_config(run_dir, type(config))), config)
+    if differences:
+        raise ValueError(
+            f"The configuration contradicts the run in {run_dir}: {'; '.join(differences)}. Use "
+            "the same values, or another --run-dir, with --init-from to begin with its weights."
+        )

@@ -1,0 +1,315 @@
+"""Measuring samples against held-out real data: metrics by name, a table, and a picture."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array
+from tqdm import tqdm
+
+from jaxdiff import data, metrics, networks
+from jaxdiff.data import make_loader
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.training import (
+    CheckpointStore,
+    Hook,
+    Player,
+    TrainState,
+    fit,
+    init_train_state,
+    make_train_step,
+    write_json,
+)
+from train.core import figures
+from train.core.config import EvaluationConfig, RunConfig
+from train.core.data import DataInfo, Source
+from train.core.sampling import draw, requested
+
+Batch = Mapping[str, Any]
+Metric = Callable[[Batch, Batch], Any]
+"""(samples, reference) -> a number, or a number and its standard error.
+
+Both are batches of a source: "x" of shape `(n, *event)`, and their conditions "cond" where there
+are any.
+"""
+
+
+def classifier_loss(classifier, key, batch, frozen):
+    """Cross entropy with label smoothing of 0.1, on images shifted by up to one pixel."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(batch["x"])))
+
+    def logits(key, x):
+        shift_key, dropout_key = jax.random.split(key)
+        shift = jax.random.randint(shift_key, (2,), -1, 2)
+        padded = jnp.pad(x, ((1, 1), (1, 1), (0, 0)), mode="edge")
+        moved = jax.lax.dynamic_slice(padded, (*(shift + 1), 0), x.shape)
+        return classifier(moved, key=dropout_key)
+
+    targets = optax.smooth_labels(jax.nn.one_hot(batch["cond"], classifier.num_classes), 0.1)
+    values = jax.vmap(logits)(keys, batch["x"])
+    return optax.softmax_cross_entropy(values, targets).mean(), {}
+
+
+def load_classifier(config: RunConfig, source: Source) -> networks.ConvClassifier:
+    """The classifier that measures samples: trained on the real train split once, then cached.
+
+    Cached as a checkpoint in the run directory.
+    """
+    height, width, channels = source.event_shape
+    classifier = networks.ConvClassifier(
+        image_size=(height, width),
+        in_channels=channels,
+        num_classes=source.num_classes,
+        rngs=nnx.Rngs(config.seed),
+    )
+    steps = config.evaluation.classifier_steps
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+    player = Player(classifier, classifier_loss, optimizer, trainable=lambda model: model)
+    state = init_train_state({"classifier": player}, jax.random.key(config.seed))
+    store = CheckpointStore(Path(config.run_dir) / "classifier", keep=1)
+    restored = store.restore_latest(state.unpack())
+    if restored is not None:
+        state = TrainState.pack(**restored[0])
+    done = int(state.step)
+    if done < steps:
+        with tqdm(total=steps, initial=done, unit="step", desc="classifier") as bar:
+
+            def progress(step, state, metrics):
+                bar.update(step - bar.n)  # whose True would end the run
+
+            state = fit(
+                make_train_step({"classifier": player}),
+                state,
+                iter(make_loader(source, min(64, len(source)), seed=config.seed)),
+                num_steps=steps,
+                hooks=[Hook(20, progress)],
+                store=store,
+                checkpoint_every=steps,
+            )
+    return state.players["classifier"].model
+
+
+@eqx.filter_jit
+def _look(classifier, x):
+    return jax.vmap(classifier)(x), jax.vmap(classifier.features)(x)
+
+
+class ClassAccuracy:
+    """The share of samples that a classifier takes for what they were asked to be."""
+
+    def __init__(self, classifier: networks.ConvClassifier):
+        self.classifier = classifier
+
+    def __call__(self, samples: Batch, reference: Batch) -> tuple[Array, Array]:
+        """The share and its standard error."""
+        logits, _ = _look(self.classifier, samples["x"])
+        return metrics.accuracy(logits, jnp.asarray(samples["cond"]))
+
+
+class FrechetDistance:
+    """The Frechet distance between features of a classifier."""
+
+    def __init__(self, classifier: networks.ConvClassifier):
+        self.classifier = classifier
+
+    def __call__(self, samples: Batch, reference: Batch) -> Array:
+        """The distance."""
+        features = [_look(self.classifier, batch["x"])[1] for batch in (samples, reference)]
+        return metrics.frechet_distance(*features)
+
+
+def sliced_wasserstein(samples: Batch, reference: Batch) -> Array:
+    """The sliced Wasserstein distance of order 2, over 256 directions."""
+    flat = [jnp.asarray(batch["x"]).reshape(len(batch["x"]), -1) for batch in (samples, reference)]
+    return metrics.sliced_wasserstein(jax.random.key(0), *flat, num_projections=256)
+
+
+def mmd2(samples: Batch, reference: Batch, count: int = 1000) -> Array:
+    """The squared MMD under a Gaussian kernel of the median bandwidth, of so many examples."""
+
+    def some(x):
+        return jnp.asarray(x[np.random.default_rng(0).permutation(len(x))[:count]])
+
+    x, y = some(samples["x"]), some(reference["x"])
+    return metrics.mmd2_unbiased(x, y, metrics.RBF(metrics.median_bandwidth(x, y)))
+
+
+class PromptAttribute:
+    """The share of coloured digits that show what their captions say, of those that say it.
+
+    Args:
+        name: "size", "colour" or "place".
+    """
+
+    def __init__(self, name: str):
+        self.name, self.column = name, {"size": 0, "colour": 1, "place": 3}[name]
+
+    def __call__(self, samples: Batch, reference: Batch) -> tuple[float, float]:
+        """The share and its standard error."""
+        said = np.asarray(samples["cond"]["tokens"])[:, self.column]
+        shown = getattr(data.prompt_attributes(np.asarray(samples["x"])), self.name)
+        rows = said < len(data.PROMPT_WORDS)
+        share = float(np.mean(shown[rows] == said[rows]))
+        return share, float(np.sqrt(share * (1 - share) / rows.sum()))
+
+
+def suitable(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[str, ...]:
+    """Names of the metrics that can be taken of such data, held-out examples counted."""
+    shape = info.event_shape
+    images = len(shape) == 3 and shape[0] % 2 == 0 and shape[1] % 2 == 0
+    classes = images and bool(info.classes) and not info.cond and settings.classifier_steps > 0
+    pairs = min(settings.num_samples, count) > 1
+    return (
+        *(("accuracy", "frechet") if classes and pairs else ()),
+        "sliced_wasserstein",
+        *(("mmd2",) if pairs else ()),
+        *(("size", "colour", "place") if info.words == data.PROMPT_WORDS else ()),
+    )
+
+
+def check_metrics(info: DataInfo, settings: EvaluationConfig, count: int) -> None:
+    """Refuse metrics that cannot be taken, before any work.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    known = suitable(info, settings, count)
+    for name in settings.metrics:
+        if name not in known:
+            raise ValueError(
+                f"`evaluation.metrics` must be among {list(known)} for these data, got {name!r}."
+            )
+
+
+def build_metrics(config: RunConfig, source: Source, count: int) -> dict[str, Metric]:
+    """The metrics that the configuration names, or all that suit so many held-out examples."""
+    settings, info = config.evaluation, DataInfo.of(source)
+    names = settings.metrics or suitable(info, settings, count)
+    found: dict[str, Metric] = {"sliced_wasserstein": sliced_wasserstein, "mmd2": mmd2}
+    found |= {name: PromptAttribute(name) for name in ("size", "colour", "place")}
+    if {"accuracy", "frechet"} & set(names):
+        classifier = load_classifier(config, source)
+        found |= {
+            "accuracy": ClassAccuracy(classifier),
+            "frechet": FrechetDistance(classifier),
+        }
+    return {name: found[name] for name in names}
+
+
+# How they are called and written in the table.
+_TITLES = {
+    "accuracy": ("class accuracy", "{:.1%}"),
+    "frechet": ("Frechet distance", "{:.3f}"),
+    "sliced_wasserstein": ("sliced Wasserstein distance", "{:.4f}"),
+    "mmd2": ("squared MMD", "{:.5f}"),
+    **{name: (f"{name} as the caption says", "{:.1%}") for name in ("size", "colour", "place")},
+}
+
+
+def measure(
+    metrics: Mapping[str, Metric], samples: Batch, reference: Batch, real: Batch
+) -> dict[str, float]:
+    """All metrics of samples, and of real data in their place.
+
+    Args:
+        metrics: by name.
+        samples: what is measured.
+        reference: held-out examples.
+        real: training examples, as many as there are samples.
+
+    Returns:
+        name -> value; name_standard_error, where the metric gives one; and name_floor, what
+        held-out examples reach against the training examples.
+    """
+    numbers = {}
+    for name, metric in metrics.items():
+        value, *error = np.atleast_1d(np.asarray(metric(samples, reference), float))
+        numbers[name] = float(value)
+        if error:
+            numbers[f"{name}_standard_error"] = float(error[0])
+        numbers[f"{name}_floor"] = float(np.ravel(np.asarray(metric(reference, real), float))[0])
+    return numbers
+
+
+def evaluate(
+    config: RunConfig,
+    denoiser: Denoiser,
+    source: Source,
+    held_out: Source,
+    mesh: jax.sharding.Mesh,
+    *,
+    metrics: Mapping[str, Metric] | None = None,
+    steps_per_second: float | None = None,
+    name: str = "",
+) -> dict[str, float]:
+    """Sample, write figures and pictures, and print a table.
+
+    Writes evaluation<name>.json and samples<name>.png into the run directory.
+
+    Args:
+        config: of the run.
+        denoiser: what is sampled.
+        source: the data it was trained on.
+        held_out: the data it was not.
+        mesh: the devices.
+        metrics: by name, any functions of (samples, reference); None for the configuration's.
+        steps_per_second: of the training, for the table.
+        name: of the files.
+    """
+    run_dir, settings, info = Path(config.run_dir), config.evaluation, DataInfo.of(source)
+    count = settings.num_samples
+    cond = requested(held_out, info, count)
+    key = jax.random.key(config.seed + 1)
+    out, rate = draw(settings, denoiser, info, mesh, key, cond, count)
+    samples = {"x": np.asarray(out.x)} | ({} if cond is None else {"cond": cond})
+
+    chosen = np.random.default_rng(0).permutation(len(source))[: min(count, len(source))]
+    real, reference = source[chosen], held_out[np.arange(len(held_out))]
+    if metrics is None:
+        metrics = build_metrics(config, source, len(held_out))
+    numbers = measure(metrics, samples, reference, real) | {
+        "nfe": int(out.nfe[0]),
+        "images_per_second": rate,
+        "train_steps_per_second": steps_per_second,
+    }
+    write_json(run_dir / f"evaluation{name}.json", numbers)
+    rows = [_row(name, numbers) for name in metrics]
+    speed = f"{rate:.0f} images/s (compilation included)"
+    if steps_per_second:
+        speed += f", {steps_per_second:.1f} training steps/s"
+    speed += f", {numbers['nfe']} network evaluations each"
+    header = (f"{count} samples", "samples", "real data")
+    print(f"\n{figures.table(rows, header)}\n\n{speed}; figures and pictures are in {run_dir}")
+    path = run_dir / f"samples{name}.png"
+    picture(path, samples["x"], cond, reference["x"], settings, info)
+    return numbers
+
+
+def _row(name: str, numbers: Mapping[str, float]) -> tuple[str, str, str]:
+    title, form = _TITLES.get(name, (name.replace("_", " "), "{:.4g}"))
+    value, error = form.format(numbers[name]), numbers.get(f"{name}_standard_error")
+    if error is not None:
+        value += f" +- {form.format(error)}"
+    return title, value, form.format(numbers[f"{name}_floor"])
+
+
+def picture(path: Path, samples, cond, reference, settings, info: DataInfo) -> None:
+    """Write what the samples look like: a grid with a row for each class, or points."""
+    if len(info.event_shape) != 3:
+        figures.scatter(samples, reference, path)
+        return
+    if info.cond or cond is None or np.ptp(cond) == 0:
+        figures.image_grid(samples[:100], path, columns=min(10, len(samples)), pixels=info.pixels)
+        return
+    labels = np.asarray(cond)
+    present, counts = np.unique(labels, return_counts=True)
+    columns = min(settings.per_class, int(counts.min()))
+    titles = [info.name_of(label) for label in present]
+    images = np.concatenate([samples[labels == label][:columns] for label in present])
+    figures.image_grid(images, path, columns=columns, titles=titles, pixels=info.pixels)

@@ -1,0 +1,277 @@
+"""What all recipes share: the loop with its log, and errors and signals as one line."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
+from tqdm import tqdm
+
+from jaxdiff import parallel
+from jaxdiff._tree import jit
+from jaxdiff.data import make_loader
+from jaxdiff.training import (
+    CheckpointStore,
+    Hook,
+    Interrupted,
+    Player,
+    TrainState,
+    fit,
+    init_train_state,
+    load_run,
+    make_train_step,
+    save_model,
+)
+from train.core import figures
+from train.core.config import RunConfig, check_same, save_config, to_json
+from train.core.data import DataInfo, Source
+from train.core.evaluation import check_metrics, evaluate, picture
+from train.core.sampling import build_solver, draw, load_model, requested
+from train.core.writers import Writer, build_writers, check_writers
+
+
+def run(fn: Callable[[], Any]) -> int:
+    """Call `fn`; an error or a signal becomes one line and an exit status."""
+    try:
+        fn()
+    except Interrupted as stop:
+        print(f"\n{stop} A checkpoint is written; the same command goes on.", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(
+            f"\nerror: {error.name} is missing. Install it: pip install 'jaxdiff[train]'",
+            file=sys.stderr,
+        )
+        return 1
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Log:
+    """Hands what is logged to the writers, and shows a progress bar; `rate` is steps/s.
+
+    Args:
+        writers: where numbers and pictures go.
+        first_step: where the run begins or goes on.
+        steps: where it ends.
+    """
+
+    def __init__(self, writers: Sequence[Writer], first_step: int, steps: int):
+        self.writers = writers
+        self.rate: float | None = None
+        self.begun: tuple[int, float] | None = None  # the first interval holds the compilation
+        self.bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr)
+
+    def __call__(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        """Log the metrics of a step."""
+        now = time.perf_counter()
+        if self.begun is None:
+            self.begun = (step, now)
+        elif step > self.begun[0]:
+            self.rate = (step - self.begun[0]) / (now - self.begun[1])
+        self.scalars(step, {**metrics, "steps_per_second": self.rate})
+        if "loss" in metrics:
+            self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log other numbers; None is left out."""
+        plain = {name: np.asarray(v).tolist() for name, v in values.items() if v is not None}
+        for writer in self.writers:
+            writer.scalars(step, plain)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Log a PNG file."""
+        for writer in self.writers:
+            writer.picture(step, name, path)
+
+    def close(self) -> None:
+        """Finish the progress bar and the writers."""
+        self.bar.close()
+        for writer in self.writers:
+            writer.close()
+
+
+@jit
+def _loss_of(loss, model, key, batch):
+    return loss(model, key, batch, {})[0]
+
+
+class Watch:
+    """Between steps: a picture of samples, and the loss of the averaged weights on held-out data.
+
+    The same examples, times and noise each time, so that the curve shows the model alone.
+
+    Args:
+        config: of the run.
+        held_out: the data of the loss.
+        mesh: the devices.
+        log: where both go.
+        sampled: name of the player that is sampled.
+        loss: of a model alone, or None.
+    """
+
+    def __init__(self, config: RunConfig, held_out: Source, mesh, log: Log, sampled: str, loss):
+        self.config, self.mesh, self.log = config, mesh, log
+        self.sampled, self.loss, self.info = sampled, loss, DataInfo.of(held_out)
+        chosen = np.random.default_rng(config.seed).permutation(len(held_out))
+        self.batch = held_out[np.sort(chosen[: min(256, len(held_out))])]
+        classes = len(self.info.classes)
+        self.count = config.evaluation.per_class * classes if classes else 64
+        self.cond = requested(held_out, self.info, self.count)
+
+    def __call__(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        """Write samples/<step>.png, and one line of the log."""
+        config, key = self.config, jax.random.key(self.config.seed + 1)
+        model = state.players[self.sampled].averaged(index=config.evaluation.average)
+        if self.loss is not None:
+            value = _loss_of(self.loss, model, key, self.batch)
+            self.log.scalars(step, {"held_out_loss": float(value)})
+        out, _ = draw(config.evaluation, model, self.info, self.mesh, key, self.cond, self.count)
+        folder = Path(config.run_dir) / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{step:08d}.png"
+        picture(path, np.asarray(out.x), self.cond, self.batch["x"], config.evaluation, self.info)
+        self.log.picture(step, "samples", path)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a run that cannot be, before any work.
+
+    Raises:
+        ValueError: for numbers that make no run, for options that the solver does not have, for
+            what is not installed, for a batch that the devices cannot share, or for a
+            configuration that contradicts the run in the directory.
+    """
+    config.check()
+    build_solver(config.evaluation)
+    check_writers(config.writers)
+    count = parallel.make_mesh().size
+    if config.batch_size % count:
+        raise ValueError(
+            f"`batch_size` must be divisible by the {count} devices, got {config.batch_size}."
+        )
+    check_same(config)
+
+
+def train(
+    config: RunConfig,
+    players: Mapping[str, Player],
+    source: Source,
+    held_out: Source,
+    *,
+    sampled: str,
+    held_out_loss: Callable[..., Any] | None = None,
+) -> TrainState:
+    """What every recipe does with its players: begin or go on, log, watch, keep, and evaluate.
+
+    Args:
+        config: the recipe's configuration, which `check` has passed.
+        players: by name.
+        source: the data to train on.
+        held_out: the data to measure against.
+        sampled: the player whose averaged model is sampled and measured.
+        held_out_loss: `(model, key, batch, frozen)`, logged where samples are; None for none.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        ValueError: before any work, for metrics that cannot be taken of the data, and whatever
+            the directory, `init_from` or the data are refused for.
+    """
+    run_dir, info, mesh = Path(config.run_dir), DataInfo.of(source), parallel.make_mesh()
+    check_metrics(info, config.evaluation, len(held_out))
+    loader = make_loader(source, config.batch_size, seed=config.seed, flip=config.data.flip)
+    store = CheckpointStore(run_dir / "checkpoints", keep=config.keep_checkpoints)
+    players = dict(players)
+    if config.init_from and not store.steps():
+        players[sampled] = begin_from(players[sampled], config.init_from)
+    save_model(run_dir, players, **dataclasses.asdict(info))
+
+    state = init_train_state(players, jax.random.key(config.seed))
+    if mesh.size > 1:
+        state = parallel.replicate(state, mesh)
+    batches = iter(loader)
+    restored = store.restore_latest(state.unpack())
+    if restored is not None:
+        unpacked, data_state, _ = restored
+        state = TrainState.pack(**unpacked)
+        batches.set_state(data_state)
+        print(f"Going on from step {int(state.step)} of {config.steps} in {run_dir}.")
+    save_config(config)
+
+    first = int(state.step)
+    writers = build_writers(config.writers, run_dir, first, to_json(config))
+    log = Log(writers, first, config.steps)
+    hooks = [Hook(config.log_every, log, before_checkpoint=True)]
+    if config.sample_every:
+        watch = Watch(config, held_out, mesh, log, sampled, held_out_loss)
+        hooks.append(Hook(config.sample_every, watch))
+    try:
+        state = fit(
+            make_train_step(players),
+            state,
+            batches,
+            num_steps=config.steps,
+            hooks=hooks,
+            store=store,
+            checkpoint_every=config.checkpoint_every,
+            config=to_json(config),
+            place=lambda batch: parallel.shard_batch(batch, mesh),
+        )
+    finally:
+        log.close()
+    figures.loss_curve(run_dir)
+    settings = config.evaluation
+    if settings.ema_width is None:
+        model = state.players[sampled].averaged(index=settings.average)
+    else:
+        model = load_model(config).model
+    evaluate(config, model, source, held_out, mesh, steps_per_second=log.rate)
+    return state
+
+
+def begin_from(player: Player, run_dir: str) -> Player:
+    """A player whose network begins with the averaged weights of another run."""
+    found = load_run(run_dir)
+    network, missing, left = restore_weights(player.model.network, found.model.network)
+    print(f"Beginning with the weights of step {found.step} in {run_dir}.")
+    for names, what in ((missing, "begin anew"), (left, "are left out")):
+        if names:
+            print(f"  {len(names)} weights {what}: {', '.join(names)}")
+    return eqx.tree_at(lambda p: p.model.network, player, network)
+
+
+def restore_weights(network: Any, found: Any) -> tuple[Any, Sequence[str], Sequence[str]]:
+    """A network with the weights of another, where names and shapes are the same.
+
+    Returns:
+        The network, the names of its weights that were not found, and of those that were left.
+    """
+    there = {keystr(path): leaf for path, leaf in tree_leaves_with_path(found)}
+    used: set[str] = set()
+
+    def choose(path, leaf):
+        name = keystr(path)
+        other = there.get(name)
+        if other is None or np.shape(other) != np.shape(leaf):
+            return leaf
+        used.add(name)
+        return jnp.asarray(other, leaf.dtype)
+
+    chosen = tree_map_with_path(choose, network)
+    names = [keystr(path) for path, _ in tree_leaves_with_path(network)]
+    return chosen, [n for n in names if n not in used], [n for n in there if n not in used]

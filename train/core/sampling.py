@@ -1,0 +1,156 @@
+"""Drawing samples: from names to solvers and grids, conditions, and the draw itself."""
+
+import dataclasses
+import time
+from typing import Annotated, Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array
+
+import jaxdiff
+from jaxdiff import guidance, parallel, solvers
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.training import Run, load_run
+from train.core.config import EvaluationConfig, RunConfig, SamplingConfig, SolverName, TimesName
+from train.core.data import DataInfo, Source
+
+# Classes, and the options that their names stand for.
+SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "ddim": (solvers.DDIM, {}),
+    "ancestral": (solvers.Ancestral, {}),
+    "heun": (solvers.EDMHeun, {}),
+    "euler": (diffrax.Euler, {}),
+    "dpmpp_2m": (solvers.DPMSolverMultistep, {}),
+    "dpmpp_2m_sde": (solvers.DPMSolverMultistep, {"eta": 1.0}),
+    "unipc": (solvers.UniPC, {"order": 2}),
+    "deis": (solvers.DEIS, {}),
+    "sa_solver": (solvers.SASolver, {"predictor_order": 2, "corrector_order": 2}),
+    "seeds": (solvers.SEEDS, {}),
+}
+
+
+def build_solver(settings: SamplingConfig) -> Any:
+    """The solver of the settings, with their options.
+
+    Raises:
+        ValueError: for an option that the solver does not have.
+    """
+    kind, options = SOLVERS[settings.solver]
+    given = {"order": settings.order, "eta": settings.eta, "s_churn": settings.churn}
+    options = options | {name: value for name, value in given.items() if value is not None}
+    known = {f.name for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(options) - known):
+        name = {"s_churn": "churn"}.get(unknown[0], unknown[0])
+        raise ValueError(f"`{name}` is no option of the solver {settings.solver!r}. Leave it out.")
+    return kind(**options)
+
+
+def build_times(settings: SamplingConfig, process: GaussianProcess) -> Any:
+    """The grid of the settings, or the number of its steps."""
+    if settings.times is None:
+        return settings.sampling_steps
+    return getattr(solvers, f"{settings.times}_times")(process, settings.sampling_steps)
+
+
+def guided(denoiser: Denoiser, info: DataInfo, scale: float) -> Denoiser:
+    """The denoiser one samples from: guided, and clipped last to the range of what are pixels."""
+    if info.null_cond is not None and scale != 1:
+        denoiser = guidance.ClassifierFree(denoiser, info.null_cond, scale)
+    return jaxdiff.Clipped(denoiser) if info.pixels else denoiser
+
+
+def requested(source: Source, info: DataInfo, count: int) -> Any:
+    """Conditions to sample with: the trained classes in turn, or those of real examples."""
+    if not info.cond:
+        return requested_classes(count, info.classes)
+    rows = np.arange(count) % len(source)
+    return jax.tree.map(jnp.asarray, source[rows]["cond"])
+
+
+def requested_classes(count: int, classes: tuple[int, ...]) -> Array | None:
+    """Classes in turn, or None without classes."""
+    return jnp.asarray(np.resize(np.asarray(classes, np.int32), count)) if classes else None
+
+
+def draw(settings: SamplingConfig, denoiser: Denoiser, info: DataInfo, mesh, key, cond, count: int):
+    """A `Solution` with `count` samples as the settings want them, and images/s.
+
+    Of pixels, whatever a solver's last addition rounds to, within [-1, 1].
+    """
+    # As many on every device; what is too many is left out, and changes no other sample.
+    drawn = -(-count // mesh.size) * mesh.size
+    cond = jax.tree.map(lambda rows: jnp.resize(rows, (drawn, *rows.shape[1:])), cond)
+    begun = time.perf_counter()
+    out = jaxdiff.sample(
+        key,
+        guided(denoiser, info, settings.guidance_scale),
+        info.event_shape,
+        drawn,
+        cond=cond,
+        solver=build_solver(settings),
+        times=build_times(settings, denoiser.process),
+        batch_size=settings.batch_size,
+        sharding=parallel.batch_sharding(mesh) if mesh.size > 1 else None,
+    )
+    out = jax.tree.map(lambda rows: rows[:count], jax.block_until_ready(out))
+    if info.pixels:
+        out = dataclasses.replace(out, x=jnp.clip(out.x, -1, 1))
+    return out, count / (time.perf_counter() - begun)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How a finished run is sampled; None for what its own evaluation does.
+
+    Attributes:
+        run_dir: directory written by a recipe.
+        guidance_scale: 1 is the plain conditional model, 0 the unconditional one.
+        solver: name of the solver.
+        sampling_steps: its steps.
+        times: the grid of steps.
+        order: of the solver.
+        eta: noise that the solver adds.
+        churn: noise that "heun" adds, over all steps.
+        average: which average of the weights, counted from 0.
+        ema_width: relative width of an average that is made afterwards, of power-function ones.
+        batch_size: samples computed at a time.
+    """
+
+    run_dir: Annotated[str, tyro.conf.Positional]
+    guidance_scale: float | None = None
+    solver: SolverName | None = None
+    sampling_steps: int | None = None
+    times: TimesName | None = None
+    order: int | None = None
+    eta: float | None = None
+    churn: float | None = None
+    average: int | None = None
+    ema_width: float | None = None
+    batch_size: int | None = None
+
+
+def changed(config: RunConfig, options: SamplingOptions) -> RunConfig:
+    """A run's configuration with the evaluation that the options want."""
+    names = {f.name for f in dataclasses.fields(EvaluationConfig)}
+    given = {k: v for k, v in vars(options).items() if k in names and v is not None}
+    # Another solver does not take the options of the run's own.
+    if given.get("solver", config.evaluation.solver) != config.evaluation.solver:
+        given = {"order": None, "eta": None, "churn": None, **given}
+    # Nor does one average go with another.
+    if {"average", "ema_width"} & set(given):
+        given = {"average": 0, "ema_width": None, **given}
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
+    config.check()
+    build_solver(config.evaluation)
+    return config
+
+
+def load_model(config: RunConfig) -> Run:
+    """The model of a run, with the average that the configuration wants."""
+    settings = config.evaluation
+    return load_run(config.run_dir, average=settings.average, sigma_rel=settings.ema_width)

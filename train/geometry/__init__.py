@@ -1,0 +1,1 @@
+"""The latent geometry of trained runs: what `train.analyze` measures and draws."""

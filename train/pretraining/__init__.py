@@ -1,0 +1,1 @@
+"""One denoiser on one data set: what `train.pretrain` trains."""
