@@ -106,7 +106,7 @@ def jit(fn: F) -> F:
 
 
 def derivative(fn: Callable[[Array], Array], t: Array) -> Array:
-    """The derivative of an elementwise `fn` at t."""
+    """The derivative of an elementwise `fn` at t, in the shape of t."""
     t = as_float_array(t)  # an integer time has no derivative
     return jax.jvp(fn, (t,), (jnp.ones_like(t),))[1]
 

@@ -24,14 +24,28 @@ LABEL = "label"
 
 
 def as_entries(cond: PyTree) -> dict[str, PyTree]:
-    """A condition by name: a mapping as it is, None as no entry, anything else as the label."""
+    """A condition by name: a mapping as it is, None as no entry, anything else as the label.
+
+    Args:
+        cond: of one example or of many; arrays of any shape, a mapping of them, or None.
+
+    Returns:
+        name -> entry.
+    """
     if cond is None:
         return {}
     return dict(cond) if isinstance(cond, Mapping) else {LABEL: cond}
 
 
 def from_entries(entries: Mapping[str, PyTree]) -> PyTree:
-    """The condition of these entries: None without any, and the label itself where it is alone."""
+    """The condition of these entries: None without any, and the label itself where it is alone.
+
+    Args:
+        entries: name -> array of any shape.
+
+    Returns:
+        A condition, of which `as_entries` gives the entries again.
+    """
     if not entries:
         return None
     return entries[LABEL] if set(entries) == {LABEL} else dict(entries)
@@ -68,6 +82,11 @@ def take(cond: PyTree, *names: str, by: str) -> tuple[PyTree, ...]:
 def check_taken(cond: PyTree, known: tuple[str, ...], by: str) -> dict[str, PyTree]:
     """The entries of the condition that reached a network, all of which it must know.
 
+    Args:
+        cond: of one example, as in `as_entries`.
+        known: names that the network takes.
+        by: who takes them, for the error.
+
     Raises:
         ValueError: naming an entry that nobody took.
     """
@@ -84,6 +103,10 @@ def check_taken(cond: PyTree, known: tuple[str, ...], by: str) -> dict[str, PyTr
 
 def check_labels(labels: PyTree, num_classes: int) -> None:
     """Reject class labels outside [0, num_classes], the last being the null label, where known.
+
+    Args:
+        labels: integers of any shape; traced ones pass.
+        num_classes: number of classes, without the null label.
 
     Raises:
         ValueError: naming the first of them.

@@ -532,7 +532,8 @@ def edit_taps(
 
     Args:
         denoiser: a network's denoiser, or guidance and other maps of one or several.
-        edits: as in `taps.EditedNetwork`.
+        edits: tap -> function of its activation, `(*activation)` to the same shape, as in
+            `taps.EditedNetwork`.
         where: which denoisers inside to edit, one or a tuple, e.g. `lambda d: d.weak`.
 
     Raises:

@@ -52,7 +52,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Place a batch on the mesh, its leading axis split over data and fsdp.
 
-    With several processes, `batch` is this process's part of the global batch.
+    Args:
+        batch: arrays `(n, ...)`; with several processes, this one's part of the global batch.
+        mesh: the mesh, whose devices divide n.
+
+    Returns:
+        The same tree, on the mesh.
 
     Raises:
         ValueError: if the leading axis is not divisible by the number of devices, or missing.
@@ -77,7 +82,15 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copy every array to every device of the mesh; other leaves stay as they are."""
+    """Copy every array to every device of the mesh; other leaves stay as they are.
+
+    Args:
+        tree: arrays of any shape.
+        mesh: the mesh.
+
+    Returns:
+        The same tree, on the mesh.
+    """
     arrays, rest = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())), rest)
 
@@ -86,6 +99,13 @@ def join_devices(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Replicate over a sharding's devices every array that does not live on them yet.
 
     Arrays that do, such as weights split by `shard_params`, stay as they are.
+
+    Args:
+        tree: arrays of any shape; other leaves stay as they are.
+        sharding: of the batch.
+
+    Returns:
+        The same tree, on the devices.
     """
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
 
@@ -105,7 +125,7 @@ def shard_params(tree: PyTree, mesh: Mesh, *, min_size: int = 2**12) -> PyTree:
     axis divides.
 
     Args:
-        tree: weights, optimiser state, or a whole `TrainState`.
+        tree: weights, optimiser state, or a whole `TrainState`; arrays of any shape.
         mesh: the mesh.
         min_size: arrays smaller than this are replicated.
     """

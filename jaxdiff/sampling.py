@@ -407,6 +407,11 @@ def sample(
             of the kind that the solver steps by.
         ValueError: for a grid that is not decreasing or leaves the process, or a `cond` of the
             wrong length.
+
+    Examples:
+        >>> oracle = oracles.gaussian(processes.VP(), jnp.zeros(2), jnp.eye(2))
+        >>> jaxdiff.sample(jax.random.key(0), oracle, (2,), 8, times=20).x.shape
+        (8, 2)
     """
     check_key(key)
     check_model(solver, denoiser)
@@ -495,6 +500,12 @@ def invert(
         TypeError: for a denoiser that draws, remembers or decides once a step.
         ValueError: for a stochastic solver, a grid that is not increasing or leaves the process,
             or a `cond` of the wrong length.
+
+    Examples:
+        >>> oracle = oracles.gaussian(processes.VP(), jnp.zeros(2), jnp.eye(2))
+        >>> noise = jaxdiff.invert(oracle, jnp.ones((3, 2)), times=20)
+        >>> noise.x.shape
+        (3, 2)
     """
     stochastic = isinstance(solver, _stock.ReverseSDE)
     if stochastic or (isinstance(solver, DiffusionSolver) and solver.stochastic):
@@ -561,6 +572,13 @@ def denoise(
     Raises:
         TypeError: as `sample`.
         ValueError: as `sample`.
+
+    Examples:
+        >>> oracle = oracles.gaussian(processes.VP(), jnp.ones(2), jnp.eye(2))
+        >>> x = jnp.zeros((3, 2))  # at t = 0.5
+        >>> out = jaxdiff.denoise(jax.random.key(0), oracle, x, times=jnp.linspace(0.5, 0, 11))
+        >>> out.x.shape, out.nfe[0].item()
+        ((3, 2), 10)
     """
     check_key(key)
     options = _Options(solver, stepsize_controller, adjoint, saveat, last_k)

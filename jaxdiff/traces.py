@@ -217,6 +217,14 @@ def check_probe_key(key: PRNGKeyArray | None, trace: TraceEstimator) -> None:
 def draw_probes(key: PRNGKeyArray | None, trace: TraceEstimator, w: Array) -> PyTree:
     """The probes of an estimator for one example; None for the exact trace.
 
+    Args:
+        key: typed PRNG key, or None for the exact trace.
+        trace: the estimator.
+        w: the example, `(*event)`.
+
+    Returns:
+        A pytree of arrays with a leading axis of probes, or None.
+
     Raises:
         TypeError: as `check_probe_key`.
         ValueError: as `check_probe_key`.

@@ -1,9 +1,17 @@
-"""The documentation's files on extending the library run, and prove what they say."""
+"""The documentation's files on extending the library run, and so do the examples of docstrings."""
 
+import doctest
+import importlib
 import runpy
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
+
+import jaxdiff
 
 FILES = sorted((Path(__file__).parent.parent / "docs" / "extending").glob("*.py"))
 
@@ -21,3 +29,35 @@ def test_there_is_one_for_each_kind_and_the_page_shows_them():
     for path in FILES:
         # A formatter of Markdown's Python takes the marker for an expression.
         assert f'--8<-- "docs/extending/{path.name}"' in page
+
+
+MODULES = {
+    name: importlib.import_module(f"jaxdiff.{name}")
+    for name in (
+        *("data", "geometry", "guidance", "likelihood", "losses", "metrics", "networks"),
+        *("oracles", "parallel", "predictions", "processes", "solvers", "traces", "training"),
+    )
+}
+EXAMPLES = {
+    test.name: test
+    for module in (jaxdiff, *MODULES.values())
+    for name, public in vars(module).items()
+    if not name.startswith("_") and getattr(public, "__module__", "").startswith("jaxdiff")
+    for test in doctest.DocTestFinder(recurse=False).find(public, name)
+    if test.examples
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_docstrings(name):
+    """Each says what it prints; packages and modules are at hand."""
+    test = EXAMPLES[name]
+    test.globs = {"jax": jax, "jnp": jnp, "np": np, "nnx": nnx, "jaxdiff": jaxdiff, **MODULES}
+    report = []
+    result = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert result.failed == 0, "".join(report)
+    assert result.attempted > 0
+
+
+def test_the_main_functions_have_examples():
+    assert {"sample", "denoise", "invert", "log_likelihood", "ClassifierFree"} <= set(EXAMPLES)

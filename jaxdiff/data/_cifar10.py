@@ -26,7 +26,8 @@ def cifar10(path, split: str = "train") -> ArraySource:
         split: "train" or "test".
 
     Returns:
-        A source of images in the order of the files, sorted by name.
+        A source of images, `(32, 32, 3)` in [-1, 1], with labels in [0, 10), in the order of the
+        files, sorted by name.
 
     Raises:
         FileNotFoundError: for a missing directory, or one without files of this split.

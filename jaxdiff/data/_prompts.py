@@ -18,13 +18,13 @@ COLOURS = {
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLACES = ("left", "right")
 PROMPT_WORDS = (*SIZES, *COLOURS, *DIGITS, *PLACES)
-_SIDE = 24
+_SIDE = 32
 
 
 def prompts(split: str = "train", *, copies: int = 8, unsaid: float = 0.1) -> ArraySource:
     """Handwritten digits in colours, sizes and places, with captions: "large red three left".
 
-    Every digit of `digits(split)` is drawn `copies` times on a black ground of 24 x 24, each time
+    Every digit of `digits(split)` is drawn `copies` times on a black ground of 32 x 32, each time
     in another size (8 or 16 pixels), colour and place, moved by a few pixels. A caption is four
     words, of size, colour, digit and place; each is left unsaid with probability `unsaid`, so that
     shorter captions are learned too. All choices are drawn once, and the same everywhere.
@@ -35,7 +35,7 @@ def prompts(split: str = "train", *, copies: int = 8, unsaid: float = 0.1) -> Ar
         unsaid: probability of leaving out a word.
 
     Returns:
-        A source of uint8 (24, 24, 3) images, whose condition is {"tokens": (n, 4) int32}, indices
+        A source of uint8 (32, 32, 3) images, whose condition is {"tokens": (n, 4) int32}, indices
         of `PROMPT_WORDS`; len(PROMPT_WORDS) stands for a word that is not said.
 
     Raises:
@@ -95,7 +95,7 @@ def prompt_attributes(x: ArrayLike) -> PromptAttributes:
     """Size, colour and place of what is drawn, measured on pixels; exact on images of the world.
 
     Args:
-        x: `(n, 24, 24, 3)` in [-1, 1].
+        x: `(n, 32, 32, 3)` in [-1, 1].
 
     Returns:
         The attributes; of an image without anything in it, arbitrary ones.

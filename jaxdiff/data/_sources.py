@@ -117,6 +117,11 @@ def array_source(
     Raises:
         ValueError: for no examples, another dtype, a shape that does not fit, NaN or infinite
             values, or labels or names that do not match.
+
+    Examples:
+        >>> source = data.array_source(np.zeros((20, 4, 4, 3), np.uint8), np.arange(20) % 2)
+        >>> source.event_shape, source.num_classes, source.pixels
+        ((4, 4, 3), 2, True)
     """
     x = np.asarray(x)
     if x.ndim < 2 or len(x) == 0:

@@ -28,6 +28,12 @@ def split(source: S, fraction: float = 0.1, *, seed: int = 0) -> tuple[S, S]:
 
     Raises:
         ValueError: for a fraction out of range, or where a class would be missing from a side.
+
+    Examples:
+        >>> source = data.array_source(np.zeros((20, 2)), np.arange(20) % 2)
+        >>> train, held_out = data.split(source, 0.2)
+        >>> len(train), np.bincount(held_out.labels).tolist()
+        (16, [2, 2])
     """
     if not 0 < fraction < 1:
         raise ValueError(f"The fraction held out must lie in (0, 1), got {fraction}.")

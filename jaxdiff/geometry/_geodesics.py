@@ -16,7 +16,16 @@ from jaxdiff._tree import jit
 
 
 def lerp(start: Array, end: Array, num_steps: int) -> Array:
-    """The straight line, `(num_steps + 1, *event)`."""
+    """The straight line, x_i = start + (i / num_steps) (end - start).
+
+    Args:
+        start: `(*event)`.
+        end: `(*event)`.
+        num_steps: N >= 1.
+
+    Returns:
+        Points, `(N + 1, *event)`, both ends included.
+    """
     s = jnp.linspace(0.0, 1.0, num_steps + 1, dtype=start.dtype)
     return start + jnp.tensordot(s, end - start, axes=0)
 

@@ -70,6 +70,11 @@ def grassmann_distance(
     Raises:
         ValueError: if the vectors differ in shape.
 
+    Examples:
+        >>> a, b = jnp.eye(3)[:1], jnp.eye(3)[1:2]
+        >>> round(float(geometry.grassmann_distance(a, b)), 4)  # a right angle
+        1.5708
+
     Reference: Edelman, Arias, Smith, "The Geometry of Algorithms with Orthogonality Constraints",
     1998, arXiv physics/9806030, section 4.3; unequal dimensions: Ye, Lim, "Schubert Varieties and
     Distances between Subspaces of Different Dimensions", 2014, arXiv 1407.0900.
@@ -80,7 +85,14 @@ def grassmann_distance(
 def chordal_distance(a: Float[Array, "r *shape"], b: Float[Array, "s *shape"]) -> Float[Array, ""]:
     """2-norm of the sines of the principal angles: ||P_a - P_b|| / sqrt(2) for projectors P.
 
-    Arguments and reference as in `grassmann_distance`.
+    Args:
+        a: a basis, `(r, *shape)`.
+        b: another, `(s, *shape)`.
+
+    Returns:
+        A scalar.
+
+    Reference: as of `grassmann_distance`.
     """
     return jnp.linalg.norm(jnp.sin(principal_angles(a, b)))
 

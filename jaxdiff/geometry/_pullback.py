@@ -301,7 +301,7 @@ def geodesic_shooting(
     Args:
         key: typed PRNG key.
         f: from x to H, as in `jacobian_svd`.
-        x: where to start, a pytree.
+        x: where to start, `(*event)` or a pytree.
         start: spectrum of f at x; its rank is that of the whole walk.
         tangent: u, the direction in H to start with, such as `start.left[k]`.
         distance: length of a step in X.
@@ -311,7 +311,8 @@ def geodesic_shooting(
         chunk: products at a time.
 
     Returns:
-        All x, with a leading axis of num_steps + 1; all u; and the products spent at each.
+        All x, `(num_steps + 1, *event)`; all u, likewise; and the products spent at each,
+        `(num_steps + 1,)`.
 
     Reference: Park, Kwon, Jo, Uh, "Unsupervised Discovery of Semantic Latent Directions in
     Diffusion Models", 2023, arXiv 2302.12469 (power 0).

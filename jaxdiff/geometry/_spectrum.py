@@ -128,6 +128,12 @@ def jacobian_svd(
         TypeError: if x or f(x) hold anything but floats, f has no forward derivative, or the key
             is not a typed one.
         ValueError: if `rank` exceeds what the Jacobian can have, or a pytree does not fit.
+
+    Examples:
+        >>> scale = jnp.arange(1, 9.0)
+        >>> found = geometry.jacobian_svd(jax.random.key(0), lambda x: scale * x, jnp.ones(8), 2)
+        >>> [round(float(value), 3) for value in found.values]
+        [8.0, 7.0]
     """
     check_key(key)
     return _jacobian_svd(

@@ -25,6 +25,13 @@ class ClassifierFree(DenoiserMap):
     Raises:
         ValueError: when called, if the condition lacks what `null_cond` replaces.
 
+    Examples:
+        >>> network = networks.MLP(2, hidden=8, num_classes=10, rngs=nnx.Rngs(0))
+        >>> denoiser = jaxdiff.NetworkDenoiser(network, processes.VP())
+        >>> guided = guidance.ClassifierFree(denoiser, null_cond=10, scale=3.0)
+        >>> jaxdiff.sample(jax.random.key(0), guided, (2,), 4, cond=jnp.arange(4), times=5).x.shape
+        (4, 2)
+
     Reference: Ho, Salimans, "Classifier-Free Diffusion Guidance", 2022, arXiv 2207.12598,
     equation 6. The paper's w is scale - 1. In x0 instead of eps, which is the same by
     linearity.

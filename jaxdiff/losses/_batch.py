@@ -15,6 +15,13 @@ def stratified_uniform(key: PRNGKeyArray, count: int) -> Float[Array, "{count}"]
     u_i = (pi(i) + v_i) / count, v_i uniform and pi a random permutation: lower variance than
     independent draws for any loss that is smooth in time.
 
+    Args:
+        key: typed PRNG key.
+        count: how many.
+
+    Returns:
+        `(count,)`.
+
     Reference: stratified sampling; compare the shared shift of Kingma et al., "Variational
     Diffusion Models", 2021, arXiv 2107.00630, appendix I.1.
     """
@@ -53,7 +60,14 @@ def each_example(
 def drop_cond(key: PRNGKeyArray, cond: PyTree, null_cond: PyTree, rate: Array | float) -> PyTree:
     """The condition of one example, with probability `rate` that of none; `null_cond` None keeps.
 
-    See `jaxdiff.conditions.null_where`.
+    Args:
+        key: typed PRNG key.
+        cond: of one example, arrays of any shape.
+        null_cond: the condition of nothing, of the same form, or None.
+        rate: probability in [0, 1], a scalar.
+
+    Returns:
+        A condition like `cond`; see `jaxdiff.conditions.null_where`.
     """
     if null_cond is None:
         return cond

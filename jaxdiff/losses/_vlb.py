@@ -26,6 +26,14 @@ def gaussian_reconstruction(process: GaussianProcess, key: PRNGKeyArray, x0: Arr
     """-E log N(x0; x_t / alpha, (sigma / alpha)^2 I) at t_min: d/2 log(2 pi e sigma^2 / alpha^2).
 
     The decoder for continuous data; exact in expectation as t_min -> 0. Draws nothing.
+
+    Args:
+        process: the forward process.
+        key: typed PRNG key, which is not used.
+        x0: one example, `(*event)`, of which the size d alone matters.
+
+    Returns:
+        Nats, a scalar.
     """
     del key
     t = as_float_array(process.t_min)
@@ -38,6 +46,15 @@ def discrete_reconstruction(
     """-log p(x0 | x_t) at t_min, for data on `levels` equally spaced values in [-1, 1].
 
     p(x0 = v | x_t) is proportional to N(x_t; alpha v, sigma^2), pixel by pixel.
+
+    Args:
+        process: the forward process.
+        key: typed PRNG key, for x_t.
+        x0: one example, `(*event)`, on the values.
+        levels: how many values there are.
+
+    Returns:
+        Nats, a scalar.
 
     Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", 2021,
     arXiv 2107.00630, section 3.3.

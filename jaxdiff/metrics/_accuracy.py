@@ -17,6 +17,11 @@ def accuracy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> tupl
 
     Raises:
         ValueError: for shapes or dtypes that do not match.
+
+    Examples:
+        >>> logits = jnp.eye(4)
+        >>> [float(v) for v in metrics.accuracy(logits, jnp.asarray([0, 1, 2, 0]))]
+        [0.75, 0.21650634706020355]
     """
     shape = jnp.shape(logits)
     if len(shape) != 2 or shape[0] == 0 or jnp.shape(labels) != shape[:1]:

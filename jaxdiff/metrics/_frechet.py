@@ -28,6 +28,11 @@ def frechet_distance(x: Float[Array, "n *event"], y: Float[Array, "m *event"]) -
     Raises:
         ValueError: for too few samples, or events of different shapes.
 
+    Examples:
+        >>> x = jax.random.normal(jax.random.key(0), (1000, 4))
+        >>> bool(metrics.frechet_distance(x, x + 1) > 3.9)  # the mean moves by 1 in each of 4 axes
+        True
+
     Reference: Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs Trained by a Two
     Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017, arXiv 1706.08500, eq. 6;
     the bias: Chong, Forsyth, "Effectively Unbiased FID and Inception Score and where to find

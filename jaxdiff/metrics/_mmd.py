@@ -107,6 +107,12 @@ def mmd2_unbiased(
     Raises:
         ValueError: for too few samples, or events of different shapes.
 
+    Examples:
+        >>> x, y = jax.random.normal(jax.random.key(0), (2, 500, 3))
+        >>> kernel = metrics.RBF(metrics.median_bandwidth(x, y))
+        >>> bool(abs(metrics.mmd2_unbiased(x, y, kernel)) < 0.01)
+        True
+
     Reference: Gretton et al., "A Kernel Two-Sample Test", 2012, JMLR 13, lemma 6.
     """
     x, y = feature_pair(x, y, minimum=2)

@@ -37,6 +37,11 @@ def sliced_wasserstein(
         ValueError: for events of different shapes, p < 1, or no projections.
         TypeError: if `key` is no typed key.
 
+    Examples:
+        >>> x = jax.random.normal(jax.random.key(0), (1000, 1))
+        >>> round(float(metrics.sliced_wasserstein(jax.random.key(1), x, x + 2)), 3)
+        2.0
+
     Reference: Rabin, Peyre, Delon, Bernot, "Wasserstein Barycenter and its Application to Texture
     Mixing", 2011; Bonneel, Rabin, Peyre, Pfister, "Sliced and Radon Wasserstein Barycenters of
     Measures", 2015, section 2.

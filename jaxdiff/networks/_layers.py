@@ -54,7 +54,16 @@ def timestep_embedding(t: Array, size: int, max_period: float = 10_000.0) -> Arr
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Inverted dropout; the identity without a key."""
+    """Inverted dropout; the identity without a key.
+
+    Args:
+        x: of any shape.
+        rate: probability that an entry becomes 0, in [0, 1).
+        key: typed PRNG key, or None.
+
+    Returns:
+        x in its shape, the entries that are left divided by 1 - rate.
+    """
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)

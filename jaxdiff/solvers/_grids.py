@@ -47,6 +47,13 @@ def uniform_times(
 def log_snr_times(process: GaussianProcess, num_steps: int) -> Float[Array, "{num_steps}+1"]:
     """Times uniform in log-SNR, from t_max to t_min.
 
+    Args:
+        process: the forward process.
+        num_steps: number of steps, >= 1.
+
+    Returns:
+        Decreasing times, `(num_steps + 1,)`.
+
     Reference: Lu et al., "DPM-Solver", 2022, arXiv 2206.00927, section 3.4.
     """
     ends = process.log_snr(jnp.asarray([process.t_max, process.t_min], jnp.result_type(float)))
@@ -71,6 +78,13 @@ def karras_times(
         rho: 7 for quality; 3 equalises the truncation error.
         t_start: first time; None for t_max.
         t_end: last time, where sigma > 0, by N + 1 levels; None for t_min and 0.
+
+    Returns:
+        Decreasing times, `(num_steps + 1,)`.
+
+    Examples:
+        >>> [round(float(t), 3) for t in solvers.karras_times(processes.EDM(), 3)]
+        [80.0, 2.515, 0.002, 0.0]
 
     Reference: Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based
     Generative Models", 2022, arXiv 2206.00364, equation 5.
@@ -133,6 +147,13 @@ def _by_level(
 def quadratic_times(process: GaussianProcess, num_steps: int) -> Float[Array, "{num_steps}+1"]:
     """Times uniform in sqrt(t), from t_max to 0.
 
+    Args:
+        process: the forward process.
+        num_steps: number of steps, >= 1.
+
+    Returns:
+        Decreasing times, `(num_steps + 1,)`.
+
     Reference: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", 2020,
     arXiv 2010.02502, appendix D.2.
     """
@@ -180,11 +201,11 @@ def shifted_times(times: ArrayLike, shift: float) -> Float[Array, "points"]:
     with shift^2 times the pixels. The ends 0 and 1 stay.
 
     Args:
-        times: a grid inside [0, 1].
+        times: a grid inside [0, 1], `(points,)`.
         shift: > 0; 1 changes nothing, 3 is Stable Diffusion 3's.
 
     Returns:
-        The shifted grid.
+        The shifted grid, `(points,)`.
 
     Raises:
         ValueError: for a shift that is not positive.
@@ -204,9 +225,9 @@ def interpolate_times(
 
     Args:
         process: the forward process.
-        times: a decreasing grid. Ends beyond [t_min, t_max], such as 0, count as t_min and t_max
-            and are put back afterwards; of a grid of levels down to t_min and then 0, such as
-            `karras_times`, pass the levels alone, `times[:-1]`.
+        times: a decreasing grid, `(points,)`. Ends beyond [t_min, t_max], such as 0, count as
+            t_min and t_max and are put back afterwards; of a grid of levels down to t_min and then
+            0, such as `karras_times`, pass the levels alone, `times[:-1]`.
         num_steps: number of steps of the result, >= 1.
 
     Returns:

@@ -42,6 +42,11 @@ def check_monotone(times: ArrayLike, *, increasing: bool = False, name: str = "t
 def check_times(process: GaussianProcess, times: ArrayLike, *, increasing: bool = False) -> Array:
     """The grid as an array, after checking what can be known of it.
 
+    Args:
+        process: the forward process.
+        times: `(num_steps + 1,)`.
+        increasing: whether from data to noise.
+
     Raises:
         ValueError: if it is not one-dimensional with two or more entries, strictly monotone in
             the direction asked for, and inside `[0, horizon]` of the process.
@@ -111,8 +116,8 @@ def bounded_times(process: GaussianProcess, times: Array) -> Array:
         times: the grid, `(num_steps + 1,)`.
 
     Returns:
-        The grid itself where the noise level sigma / alpha at its start is at most 200, and else
-        one with the same relative gaps from where it is 80.
+        The grid, `(num_steps + 1,)`: itself where the noise level sigma / alpha at its start is at
+        most 200, and else one with the same relative gaps from where it is 80.
     """
     limit = process.time(-2 * jnp.log(jnp.asarray(_FIRST_LEVEL, times.dtype)))
     unbounded = process.log_snr(times[0]) < -2 * jnp.log(_UNBOUNDED)

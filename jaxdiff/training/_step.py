@@ -232,6 +232,13 @@ class TrainState(eqx.Module):
 def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainState:
     """The state before the first step. Copies the models, since training donates its state.
 
+    Args:
+        players: by name.
+        key: typed PRNG key, a scalar, of which every step has its own.
+
+    Returns:
+        A `TrainState` at step 0.
+
     Raises:
         TypeError: if `key` is not a typed key.
         ValueError: for a player that has nothing to learn.

@@ -14,7 +14,7 @@ from jaxdiff.data import PROMPT_WORDS, array_source, digits, prompt_attributes, 
 def test_pixels_show_what_captions_say():
     for part in ("train", "test"):
         source = prompts(part, copies=2, unsaid=0.0)
-        assert len(source) == 2 * len(digits(part)) and source.event_shape == (24, 24, 3)
+        assert len(source) == 2 * len(digits(part)) and source.event_shape == (32, 32, 3)
         said, shown = source.cond["tokens"], prompt_attributes(source[np.arange(len(source))]["x"])
         for column, found in ((0, shown.size), (1, shown.colour), (3, shown.place)):
             np.testing.assert_array_equal(found, said[:, column])

@@ -300,16 +300,30 @@ def _row(name: str, numbers: Mapping[str, float]) -> tuple[str, str, str]:
 
 
 def picture(path: Path, samples, cond, reference, settings, info: DataInfo) -> None:
-    """Write what the samples look like: a grid with a row for each class, or points."""
+    """Write what the samples look like: a grid with a row for each class or caption, or points."""
     if len(info.event_shape) != 3:
         figures.scatter(samples, reference, path)
         return
-    if info.cond or cond is None or np.ptp(cond) == 0:
+    rows, names = _rows(cond, info)
+    present, counts = np.unique(rows, return_counts=True)
+    if len(present) < 2 or counts.min() < 2:
         figures.image_grid(samples[:100], path, columns=min(10, len(samples)), pixels=info.pixels)
         return
-    labels = np.asarray(cond)
-    present, counts = np.unique(labels, return_counts=True)
     columns = min(settings.per_class, int(counts.min()))
-    titles = [info.name_of(label) for label in present]
-    images = np.concatenate([samples[labels == label][:columns] for label in present])
+    images = np.concatenate([samples[rows == row][:columns] for row in present])
+    titles = [names(row) for row in present]
     figures.image_grid(images, path, columns=columns, titles=titles, pixels=info.pixels)
+
+
+def _rows(cond, info: DataInfo) -> tuple[np.ndarray, Callable[[int], str]]:
+    """The row of the picture that a sample belongs to, and what rows are called."""
+    if info.words is not None and isinstance(cond, Mapping):
+        words = (*info.words, "")
+        tokens = np.asarray(cond["tokens"])
+        captions, first, rows = np.unique(tokens, axis=0, return_index=True, return_inverse=True)
+        order = np.argsort(first)  # as they were asked for
+        names = [" ".join(words[i] for i in captions[k]).strip() or "none" for k in order]
+        return np.argsort(order)[rows.ravel()], names.__getitem__
+    if info.cond or cond is None:
+        return np.zeros(0, int), str
+    return np.asarray(cond), info.name_of

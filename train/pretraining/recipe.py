@@ -98,9 +98,9 @@ PRESETS = {
         Config(
             run_dir="runs/prompts",
             data=DataConfig("prompts"),
-            network=NetworkConfig(attention_resolutions=(12,), channel_mults=(1, 2)),
+            network=NetworkConfig(channels=24, channel_mults=(1, 2, 2), attention_resolutions=(8,)),
             evaluation=EvaluationConfig(num_samples=500, guidance_scale=2.0),
-            steps=4000,
+            steps=3000,
             ema_decay=0.999,
             checkpoint_every=500,
         ),
