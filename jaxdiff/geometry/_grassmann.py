@@ -92,7 +92,8 @@ def chordal_distance(a: Float[Array, "r *shape"], b: Float[Array, "s *shape"]) -
     Returns:
         A scalar.
 
-    Reference: as of `grassmann_distance`.
+    Reference: Conway, Hardin, Sloane, "Packing Lines, Planes, etc.: Packings in Grassmannian
+    Spaces", 1996, arXiv math/0208004.
     """
     return jnp.linalg.norm(jnp.sin(principal_angles(a, b)))
 
