@@ -1,18 +1,28 @@
-"""Meshes and sharding: the only module that knows devices.
+"""Meshes and sharding: the only module that knows devices and processes.
 
 A mesh has the axes data, fsdp and tensor, all of type Auto: jit propagates shardings from its
-arguments, and these functions place the arguments.
+arguments, and these functions place the arguments. Batches are split over data and fsdp, weights
+over fsdp and tensor. Where weights are used, those split over fsdp are gathered whole; what is
+split over tensor stays so.
 """
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import PyTree
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+"""Pairs of a regular expression, searched in the path of an array, and the mesh axis of each of its
+last dimensions, e.g. `("first/kernel$", (None, "tensor"))`. The first that is found holds."""
 
 
 def make_mesh(
@@ -44,16 +54,119 @@ def make_mesh(
     return jax.make_mesh((data, fsdp, tensor), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
+def initialize(
+    coordinator: str | None = None,
+    *,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Join the processes of a run, before anything else is done with JAX.
+
+    Without arguments, what the environment says: SLURM, Kubernetes, Cloud TPU and Open MPI are
+    known to JAX. Several processes on CPUs talk through Gloo.
+
+    Args:
+        coordinator: address and port of process 0, "10.0.0.1:1234".
+        num_processes: how many there are.
+        process_id: which one this is, from 0.
+
+    Raises:
+        ValueError: for arguments that do not go together, or a coordinator that does not answer.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(value is not None for value in given) and None in given:
+        raise ValueError(
+            "`coordinator`, `num_processes` and `process_id` must be given together or left out, "
+            f"got {given}."
+        )
+    if None not in given and not 0 <= (process_id or 0) < (num_processes or 0):
+        raise ValueError(
+            f"`process_id` must lie in [0, {num_processes}), got {process_id}. It counts from 0."
+        )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"`coordinator` must be the address of process 0, which runs, got {coordinator}: "
+            f"{reason}"
+        ) from None
+
+
+def is_first() -> bool:
+    """Whether this is process 0, the one that writes files."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Go on when every process has come here; at once where there is one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Arrays as NumPy, whole in every process, wherever their parts are.
+
+    Args:
+        tree: arrays of any shape; other leaves stay as they are.
+
+    Returns:
+        The same tree.
+    """
+
+    def one(leaf):
+        if not eqx.is_array(leaf):
+            return leaf
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            if leaf.is_fully_replicated:
+                return np.asarray(leaf.addressable_data(0))
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis split over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a global batch this process's devices hold, and of how many.
+
+    Processes along the tensor axis hold the same part, and must load the same examples: pass both
+    numbers to `make_loader` as `process_index` and `process_count`.
+
+    Args:
+        mesh: the mesh.
+
+    Returns:
+        (index, count).
+
+    Raises:
+        ValueError: if the devices of a process are not one block of the batch's axes.
+    """
+    places = np.arange(mesh.devices.size // mesh.shape["tensor"])
+    places = np.broadcast_to(places.reshape(*mesh.devices.shape[:2], 1), mesh.devices.shape)
+    mine = jax.process_index()
+    local = [device.process_index == mine for device in mesh.devices.ravel()]
+    held = np.unique(places.ravel()[local])
+    total = int(places.max()) + 1
+    if len(held) == 0 or total % len(held) or (held != held[0] + np.arange(len(held))).any():
+        raise ValueError(
+            f"The devices of a process must be one block of the mesh's data and fsdp axes, got the "
+            f"places {held.tolist()} of {total}. Choose axes that processes divide."
+        )
+    return int(held[0]) // len(held), total // len(held)
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Place a batch on the mesh, its leading axis split over data and fsdp.
 
     Args:
-        batch: arrays `(n, ...)`; with several processes, this one's part of the global batch.
+        batch: arrays `(n, ...)`; with several processes, this one's part of the global batch, as
+            `batch_part` counts them.
         mesh: the mesh, whose devices divide n.
 
     Returns:
@@ -62,7 +175,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     Raises:
         ValueError: if the leading axis is not divisible by the number of devices, or missing.
     """
-    sharding = batch_sharding(mesh)
+    sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
     count = mesh.shape["data"] * mesh.shape["fsdp"]
     for leaf in jax.tree.leaves(batch):
         if not np.ndim(leaf):
@@ -70,35 +183,154 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
                 f"Every array of `batch` must have a leading axis of examples, got {leaf!r}. Pass "
                 "what is no example as a constant."
             )
-        size = np.shape(leaf)[0] * jax.process_count()
+        size = np.shape(leaf)[0] * parts
         if size % count:
             raise ValueError(
                 f"`batch` must be divisible by the {count} devices it is split over, got size "
                 f"{size}. Use a multiple of {count}, or a mesh of fewer devices."
             )
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
-    )
+
+    def place(leaf):
+        leaf = np.asarray(leaf)
+        shape = (leaf.shape[0] * parts, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, leaf, shape)
+
+    return jax.tree.map(place, batch)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copy every array to every device of the mesh; other leaves stay as they are.
 
     Args:
-        tree: arrays of any shape.
+        tree: arrays of any shape, typed keys included; the same in every process.
         mesh: the mesh.
 
     Returns:
         The same tree, on the mesh.
     """
-    arrays, rest = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())), rest)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: _put(leaf, everywhere) if eqx.is_array(leaf) else leaf, tree)
+
+
+def specs(tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int = 2**12) -> PyTree:
+    """How arrays are split over a mesh, by their paths and shapes alone.
+
+    The first rule whose pattern is found in an array's path gives the axes of its last dimensions,
+    as far as they divide them. Then the largest dimension that is left and that fsdp divides is
+    split over fsdp, if the array has `min_size` elements.
+
+    Args:
+        tree: arrays of any shape, or their `jax.ShapeDtypeStruct`: weights, the optimiser's state,
+            averages, or all of `TrainState.unpack()`.
+        mesh: the mesh.
+        rules: e.g. `networks.TENSOR_RULES`. Paths have the form "blocks/0/first/kernel".
+        min_size: smaller arrays are not split over fsdp.
+
+    Returns:
+        The same tree, with a `PartitionSpec` for each array and None for what is none.
+    """
+    count = mesh.shape["fsdp"]
+
+    def choose(path, leaf):
+        if not (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+            return None
+        spec: list[str | None] = [None] * leaf.ndim
+        name = path_of(path)
+        axes = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
+        for place, axis in zip(range(-len(axes), 0), axes, strict=True):
+            fits = -place <= leaf.ndim and axis is not None
+            if fits and leaf.shape[place] % mesh.shape[axis] == 0 and mesh.shape[axis] > 1:
+                spec[place] = axis
+        free = [i for i, n in enumerate(leaf.shape) if spec[i] is None and n % count == 0]
+        if count > 1 and leaf.size >= min_size and free:
+            spec[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
+        while spec and spec[-1] is None:  # as compiled programs write it
+            spec.pop()
+        return PartitionSpec(*spec)
+
+    return tree_map_with_path(choose, tree)
+
+
+def path_of(path: tuple) -> str:
+    """The path of a leaf as rules see it: "players/model/model/network/blocks/0/first/kernel"."""
+    return keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def shard_params(tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int = 2**12) -> PyTree:
+    """Split arrays over the mesh as `specs` says, and replicate the rest.
+
+    Args:
+        tree: weights, or of a whole run `TrainState.unpack()`, which `TrainState.pack` packs
+            again; arrays of any shape, typed keys included, the same in every process.
+        mesh: the mesh.
+        rules: as in `specs`.
+        min_size: as in `specs`.
+
+    Returns:
+        The same tree, on the mesh.
+    """
+    chosen = specs(tree, mesh, rules=rules, min_size=min_size)
+
+    def place(leaf, spec):
+        return leaf if spec is None else _put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree, chosen)
+
+
+def table(tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int = 2**12) -> str:
+    """What `specs` does, as text: path, shape, how it is split, and bytes on each device.
+
+    Args:
+        tree: as in `specs`.
+        mesh: the mesh.
+        rules: as in `specs`.
+        min_size: as in `specs`.
+
+    Returns:
+        A line for each array, and the sum.
+    """
+    chosen = specs(tree, mesh, rules=rules, min_size=min_size)
+    rows = [("array", "shape", "split", "bytes per device")]
+    sizes = []
+
+    def row(path, leaf, spec):
+        if spec is not None:
+            parts = int(np.prod([mesh.shape[axis] for axis in spec if axis]))
+            sizes.append(_bytes(leaf) // parts)
+            axes = (*spec, *[None] * (leaf.ndim - len(spec)))
+            split = ", ".join("-" if axis is None else axis for axis in axes)
+            rows.append((path_of(path), str(leaf.shape), f"({split})", f"{sizes[-1]:,}"))
+
+    tree_map_with_path(row, tree, chosen)
+    rows.append(("all", "", "", f"{sum(sizes):,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    form = "  ".join(f"{{:<{width}}}" for width in widths[:3]) + f"  {{:>{widths[3]}}}"
+    return "\n".join(form.format(*row) for row in rows)
+
+
+def _bytes(leaf: Any) -> int:
+    itemsize = 8 if _is_key(leaf) else np.dtype(leaf.dtype).itemsize
+    return int(np.prod(leaf.shape, dtype=np.int64)) * itemsize
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """`jax.device_put`, which takes typed keys within a process only."""
+    if _is_key(leaf):
+        data = jax.device_put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jax.device_put(leaf, sharding)
 
 
 def join_devices(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Replicate over a sharding's devices every array that does not live on them yet.
+    """Give every array all devices of a sharding, whole along the axes that it splits.
 
-    Arrays that do, such as weights split by `shard_params`, stay as they are.
+    What is split over fsdp, such as weights of `shard_params`, is gathered: once, and not at every
+    step of a loop that follows. What is split over tensor stays so. Inside a traced function, where
+    placements are not known, arrays become whole.
 
     Args:
         tree: arrays of any shape; other leaves stay as they are.
@@ -110,34 +342,64 @@ def join_devices(tree: PyTree, sharding: NamedSharding) -> PyTree:
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
 
     def place(leaf):
-        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, jax.Array):
             return leaf
-        settled = leaf.sharding.device_set == sharding.device_set
-        return leaf if settled else jax.device_put(leaf, everywhere)
+        if isinstance(leaf, jax.core.Tracer):
+            return jax.lax.with_sharding_constraint(leaf, everywhere)
+        found = leaf.sharding
+        if isinstance(found, NamedSharding) and found.device_set == sharding.device_set:
+            whole = _without_batch_axes(found)
+            return leaf if whole is found else _put(leaf, whole)
+        return _put(leaf, everywhere)
 
     return jax.tree.map(place, tree)
 
 
-def shard_params(tree: PyTree, mesh: Mesh, *, min_size: int = 2**12) -> PyTree:
-    """Split large arrays over the fsdp axis, and replicate the rest.
+def _without_batch_axes(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding, whole along the axes over which batches are split."""
+    if not any(axis in BATCH for part in sharding.spec for axis in _names(part)):
+        return sharding
+    kept = [tuple(axis for axis in _names(part) if axis not in BATCH) for part in sharding.spec]
+    return NamedSharding(sharding.mesh, PartitionSpec(*(axes or None for axes in kept)))
 
-    Each array of at least `min_size` elements is split along its largest axis that the fsdp
-    axis divides.
+
+def _names(part: Any) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def gather_weights(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Weights whole along fsdp where they are used; their gradients are split as they are.
+
+    Without it the compiler may leave weights split and move activations instead, which are many
+    times as large.
 
     Args:
-        tree: weights, optimiser state, or a whole `TrainState`; arrays of any shape.
-        mesh: the mesh.
-        min_size: arrays smaller than this are replicated.
+        tree: weights of any shape, traced.
+        shardings: of the stored weights, a tree of `NamedSharding`; other leaves say nothing.
+
+    Returns:
+        The same tree.
     """
-    count = mesh.shape["fsdp"]
 
-    def place(leaf):
-        if not eqx.is_array(leaf):
+    def one(leaf, sharding):
+        if not isinstance(sharding, NamedSharding) or not eqx.is_inexact_array(leaf):
             return leaf
-        divisible = [axis for axis, size in enumerate(leaf.shape) if size % count == 0]
-        spec = [None] * leaf.ndim
-        if leaf.size >= min_size and divisible:
-            spec[max(divisible, key=lambda axis: leaf.shape[axis])] = "fsdp"
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+        whole = _without_batch_axes(sharding)
+        return leaf if whole is sharding else _gather(leaf, whole, sharding)
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(one, tree, shardings)
+
+
+def _gather(leaf: jax.Array, whole: NamedSharding, split: NamedSharding) -> jax.Array:
+    @jax.custom_vjp
+    def gather(weights):
+        return jax.lax.with_sharding_constraint(weights, whole)
+
+    def forward(weights):
+        return gather(weights), None
+
+    def backward(_, cotangent):
+        return (jax.lax.with_sharding_constraint(cotangent, split),)
+
+    gather.defvjp(forward, backward)
+    return gather(leaf)

@@ -1,11 +1,19 @@
+"""Meshes: placements, and the same numbers on any of them."""
+
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from cases import mixture
+from cases import mixture, with_random_weights
+from flax import nnx
 
 import jaxdiff
-from jaxdiff import parallel, processes
+from jaxdiff import losses, networks, parallel, predictions, processes
+from jaxdiff.networks import TENSOR_RULES
+from jaxdiff.training import Player, PowerEMA, TrainState, init_train_state, make_train_step
 
 
 def test_mesh_axes_multiply_to_the_devices():
@@ -73,3 +81,164 @@ def test_chunks_of_a_split_batch_stay_split(x64):
     assert back.sharding.is_equivalent_to(sharding, 2)
     with pytest.raises(ValueError, match=r"multiple of the 8 devices .* got 41. Draw 48"):
         jaxdiff.sample(key, oracle, (2,), 41, times=4, sharding=sharding)
+
+
+def denoiser():
+    """A DiT whose outputs are not zero."""
+    network = with_random_weights(
+        lambda: networks.DiT(
+            image_size=8, patch_size=4, in_channels=1, hidden=32, depth=1, num_heads=2,
+            num_classes=3, rngs=nnx.Rngs(0),
+        )
+    )  # fmt: skip
+    return jaxdiff.NetworkDenoiser(network, processes.Cosine(), predictions.V())
+
+
+@pytest.fixture(scope="module")
+def players():
+    model = denoiser()
+    # Adam would turn rounding into steps where gradients are nothing else.
+    optimizer = optax.sgd(1e-2, momentum=0.9)
+    return {"model": Player(model, losses.DenoisingLoss(null_cond=3), optimizer, PowerEMA())}
+
+
+def test_specs_are_chosen_by_path_and_shape_alone(players):
+    """Optimiser and averages like the weights; tables add up to what devices hold."""
+    mesh = parallel.make_mesh(data=1, fsdp=4, tensor=2)
+    state = init_train_state(players, jax.random.key(0)).unpack()
+    shapes = jax.eval_shape(lambda: state)
+    chosen = parallel.specs(shapes, mesh, rules=TENSOR_RULES, min_size=256)
+    is_spec = {"is_leaf": lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)}
+    named = {
+        parallel.path_of(path): spec
+        for path, spec in jax.tree_util.tree_leaves_with_path(chosen, **is_spec)
+    }
+    first = [spec for name, spec in named.items() if name.endswith("blocks/0/first/kernel")]
+    assert (
+        first == [jax.sharding.PartitionSpec("fsdp", "tensor")] * 4
+    )  # weights, momentum, averages
+    second = [spec for name, spec in named.items() if name.endswith("blocks/0/second/kernel")]
+    assert second == [jax.sharding.PartitionSpec("tensor", "fsdp")] * 4
+    assert chosen["step"] == chosen["key"] == jax.sharding.PartitionSpec()
+    placed = parallel.shard_params(state, mesh, rules=TENSOR_RULES, min_size=256)
+    held = sum(
+        leaf.addressable_shards[0].data.nbytes
+        for leaf in jax.tree.leaves(placed)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+    text = parallel.table(shapes, mesh, rules=TENSOR_RULES, min_size=256)
+    assert text.splitlines()[-1].split() == ["all", f"{held + 8:,}"]
+    (line,) = [row for row in text.splitlines() if "trace/blocks/0/first/kernel" in row]
+    assert "(32, 128)" in line and "(fsdp, tensor)" in line and f"{4 * 32 * 128 // 8:,}" in line
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)])
+def test_training_is_the_same_on_any_mesh_and_compiles_once(players, axes, caplog):
+    data, fsdp, tensor = axes
+    mesh, rng = parallel.make_mesh(data, fsdp=fsdp, tensor=tensor), np.random.default_rng(0)
+    batches = [
+        {"x": rng.normal(size=(8, 8, 8, 1)).astype(np.float32), "cond": np.arange(8) % 3}
+        for _ in range(3)
+    ]
+    step, state = make_train_step(players), init_train_state(players, jax.random.key(0))
+    whole = jax.tree.map(jnp.copy, state)
+    parts = parallel.shard_params(state.unpack(), mesh, rules=TENSOR_RULES, min_size=256)
+    state = TrainState.pack(**parts)
+    before = [array.sharding for array in state.arrays]
+    counts = []
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for batch in batches:
+            caplog.clear()
+            state, metrics = step(state, parallel.shard_batch(batch, mesh))
+            counts.append(sum("Compiling jit(_run)" in r.getMessage() for r in caplog.records))
+    assert counts == [1, 0, 0]
+    for array, sharding in zip(state.arrays, before, strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+    for batch in batches:
+        whole, expected = step(whole, batch)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    for mine, hers in zip(state.arrays, whole.arrays, strict=True):
+        np.testing.assert_allclose(mine, hers, rtol=1e-4, atol=2e-6)
+
+
+COLLECTIVES = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+
+
+def in_loops(text):
+    """How many collectives stand inside loops of a compiled program, and how many outside."""
+    bodies, current, counts = set(re.findall(r"body=%?([\w.\-]+)", text)), None, [0, 0]
+    for line in text.splitlines():
+        if match := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{", line):
+            current = match.group(1)
+        counts[current not in bodies] += bool(re.search(COLLECTIVES, line))
+    return counts
+
+
+def test_samplers_gather_split_weights_once_and_not_in_their_loops():
+    mesh, model = parallel.make_mesh(data=2, fsdp=4), denoiser()
+    split = parallel.shard_params(model, mesh, min_size=256)
+    sharding = parallel.batch_sharding(mesh)
+
+    def run(key, model, cond):
+        return jaxdiff.sample(key, model, (8, 8, 1), 8, cond=cond, times=3, sharding=sharding).x
+
+    cond = parallel.shard_batch(np.arange(8, dtype=np.int32) % 3, mesh)
+    program = jax.jit(run).lower(jax.random.key(0), split, cond).compile()
+    inside, outside = in_loops(program.as_text())
+    assert inside == 0 and outside > 5
+    found = run(jax.random.key(0), split, cond)
+    expected = jaxdiff.sample(
+        jax.random.key(0), model, (8, 8, 1), 8, cond=jnp.arange(8) % 3, times=3
+    ).x
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dit", "unet"])
+def test_layers_split_over_tensor_communicate_as_often_as_expected(name):
+    """One sum after attention, one after every two-layer part; nothing else moves."""
+    if name == "dit":
+        network, sums = denoiser().network, 2
+    else:
+        network = with_random_weights(
+            lambda: networks.UNet(
+                16, image_size=8, in_channels=1, channel_mults=(1,), num_res_blocks=1,
+                attention_resolutions=(), num_classes=3, rngs=nnx.Rngs(0),
+            )
+        )  # fmt: skip
+        blocks = sum("conv1/kernel" in n for n in names_of(network))
+        attention = sum("out/kernel" in n for n in names_of(network))
+        sums = blocks + attention
+    mesh = parallel.make_mesh(data=4, tensor=2)
+    split = parallel.shard_params(network, mesh, rules=TENSOR_RULES)
+    rng = np.random.default_rng(0)
+    x, t, cond = rng.normal(size=(8, 8, 8, 1)), np.linspace(0.1, 0.9, 8), np.arange(8) % 3
+    batch = parallel.shard_batch((x.astype(np.float32), t.astype(np.float32), cond), mesh)
+    forward = jax.jit(lambda network, x, t, cond: jax.vmap(network)(x, t, cond))
+    text = forward.lower(split, *batch).compile().as_text()
+    kinds = re.findall(
+        r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text
+    )
+    assert kinds == ["all-reduce"] * sums
+    np.testing.assert_allclose(
+        forward(split, *batch), forward(network, *map(np.asarray, batch)), rtol=1e-4, atol=1e-5
+    )
+
+
+def names_of(tree):
+    return [parallel.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def test_processes_and_parts():
+    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    assert parallel.batch_part(mesh) == (0, 1) and parallel.is_first()
+    tree = parallel.shard_params({"w": jnp.arange(4096.0), "k": jax.random.key(3)}, mesh)
+    found = parallel.fetch(tree["w"])
+    np.testing.assert_array_equal(found, np.arange(4096))
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_array_equal(jax.random.key_data(tree["k"]), [0, 3])
+    for wrong, message in (
+        ({"num_processes": 2}, "must be given together"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, r"must lie in \[0, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parallel.initialize(**wrong)

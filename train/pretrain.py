@@ -36,7 +36,12 @@ def main(config: recipe.Config) -> TrainState:
 def cli(args: list[str] | None = None) -> int:
     """The command line: a preset and what to change of it; the exit status."""
     config = tyro.extras.overridable_config_cli(recipe.PRESETS, args=args)
-    return runner.run(lambda: main(config))
+
+    def start() -> None:
+        runner.launch(config)
+        main(config)
+
+    return runner.run(start)
 
 
 if __name__ == "__main__":

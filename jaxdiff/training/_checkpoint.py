@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxdiff._checks import check_count
+from jaxdiff.parallel import is_first, wait_for_all
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
@@ -131,7 +132,7 @@ class CheckpointStore:
         args = ocp.args.Composite(
             arrays=ocp.args.PyTreeSave(list(leaves.values())), meta=ocp.args.JsonSave(meta)
         )
-        first = jax.process_index() == 0  # Orbax writes from every process; names are for one
+        first = is_first()  # Orbax writes from every process; names are for one
         unfinished = self.directory / f"{step}{UNFINISHED}"
         try:
             if first:
@@ -141,6 +142,7 @@ class CheckpointStore:
             if first:
                 write_json(unfinished / MANIFEST, _checksums(unfinished))
                 self._finish(unfinished, step)
+            wait_for_all("checkpoint has its name")
         except (OSError, ValueError, RuntimeError) as error:
             self._remove_unfinished()
             raise CheckpointError(

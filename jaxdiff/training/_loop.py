@@ -1,6 +1,7 @@
 """The training loop: hooks, checkpoints, signals, and a stop at losses that are not finite."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jaxdiff._checks import check_count, check_kind
@@ -65,8 +67,17 @@ def _signals(received: list[int]):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = [signal.signal(n, lambda number, _: received.append(number)) for n in numbers]
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+
+    def act(number, _):
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # Ctrl-C is one for all processes, too
+        else:
+            received.append(number)
+
+    if jax.process_count() > 1:
+        numbers = (signal.SIGINT,)  # SIGTERM is JAX's, whose processes agree on a step
+    previous = [signal.signal(n, act) for n in numbers]
     try:
         yield
     finally:
@@ -240,6 +251,8 @@ def fit(
             history.append(metrics)
             if len(history) > RUN_AHEAD:
                 jax.block_until_ready(history[-1 - RUN_AHEAD])
+            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(index):
+                received.append(signal.SIGTERM)
             last = index == num_steps
             due = [hook for hook in hooks if index % hook.every == 0 or last]
             saving = last or index % checkpoint_every == 0

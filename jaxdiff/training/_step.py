@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import (
@@ -20,6 +21,7 @@ from jaxdiff._checks import (
     check_scalars,
 )
 from jaxdiff._tree import Number, number, traced_floats
+from jaxdiff.parallel import gather_weights
 from jaxdiff.training._ema import EMA
 
 # The key that players share is folded in here, far from their numbers.
@@ -375,8 +377,8 @@ def _check_mask(name: str, mask: PyTree, params: PyTree) -> None:
         ) from None
 
 
-def _update(name: str, player: Player, state: PlayerState, key, batch, frozen):
-    """One update of one player."""
+def _update(name: str, player: Player, used, state: PlayerState, key, batch, frozen):
+    """One update of one player; `used` gathers the weights of its model."""
     part = player.trainable(state.model)
     params, rest = eqx.partition(part, eqx.is_inexact_array)
     args = key, batch, frozen
@@ -385,7 +387,7 @@ def _update(name: str, player: Player, state: PlayerState, key, batch, frozen):
         return eqx.tree_at(player.trainable, state.model, eqx.combine(params, rest))
 
     if player.optimizer is None:
-        model, *found = _returned(name, player.loss(state.model, *args), "model")
+        model, *found = _returned(name, player.loss(used(state.model), *args), "model")
         if eqx.is_array_like(model) and not eqx.is_array_like(state.model):
             raise TypeError(
                 f"The player {name!r} has no optimiser, and so a rule that returns the next model, "
@@ -398,13 +400,13 @@ def _update(name: str, player: Player, state: PlayerState, key, batch, frozen):
         model = eqx.tree_at(player.trainable, model, eqx.combine(moved, player.trainable(model)))
     else:
         if hasattr(player.loss, "gradient"):
-            result, grads = player.loss.gradient(state.model, *args)
+            result, grads = player.loss.gradient(used(state.model), *args)
             value, *found = _returned(name, result)
             grads = eqx.filter(player.trainable(grads), eqx.is_inexact_array)
         else:
 
             def objective(params):
-                value, *found = _returned(name, player.loss(with_weights(params), *args))
+                value, *found = _returned(name, player.loss(used(with_weights(params)), *args))
                 if jnp.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
                     raise TypeError(
                         f"The loss of the player {name!r} must be a scalar of floats, got "
@@ -522,7 +524,7 @@ def make_train_step(
     def step(state: TrainState, batch: PyTree, constants: dict[str, PyTree] | None = None):
         arrays, rest = eqx.partition((rules, traced_floats(constants or {})), eqx.is_array)
         leaves, structure = jax.tree.flatten(rest)
-        after, metrics = _run((structure, tuple(leaves)), state, arrays, batch)
+        after, metrics = _run((structure, tuple(leaves), placement(state)), state, arrays, batch)
         kept = dataclasses.replace(after, structure=state.structure, rest=state.rest)
         return kept, metrics
 
@@ -533,7 +535,8 @@ def make_train_step(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
     """One update of every player whose turn it is."""
-    rules, constants = eqx.combine(arrays, jax.tree.unflatten(*static))
+    rest, leaves, shardings = static
+    rules, constants = eqx.combine(arrays, jax.tree.unflatten(rest, leaves))
     key = jax.random.fold_in(state.key, state.step)
     shared = jax.random.fold_in(key, _SHARED)
     states: dict[str, PlayerState] = state.players
@@ -542,20 +545,50 @@ def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
             f"The step trains the players {sorted(name for name, _ in rules)}, got a state of "
             f"{sorted(states)}. Make the state with the same players, or by next_phase."
         )
+    placed = None if shardings is None else dataclasses.replace(state, arrays=shardings).players
     metrics: dict[str, Array] = {}
     for index, (name, player) in enumerate(rules):
-        models = {other: s.model for other, s in states.items() if other != name}
+
+        def used(other, model, placed=placed):
+            return model if placed is None else gather_weights(model, placed[other].model)
+
+        seen = states if placed is None else _seen(states, placed)
+        models = {other: s.model for other, s in seen.items() if other != name}
         own = states[name].loss_state
-        frozen = Frozen({**constants, **models}, state.step, shared, dict(states), own)
+        frozen = Frozen({**constants, **models}, state.step, shared, dict(seen), own)
         args = (jax.random.fold_in(key, index), batch, frozen)
-        update = eqx.Partial(_update, name, player)
+        update = eqx.Partial(_update, name, player, eqx.Partial(used, name))
         if callable(player.every) or player.every > 1:
             states[name], own = _sometimes(update, player.every, states[name], args)
         else:
             states[name], own = update(states[name], *args)
         prefix = f"{name}/" if len(rules) > 1 else ""
         metrics |= {prefix + metric: value for metric, value in own.items()}
-    return TrainState.pack(step=state.step + 1, key=state.key, players=states), metrics
+    after = TrainState.pack(step=state.step + 1, key=state.key, players=states)
+    if shardings is not None:
+        # Where it came from: else the compiler moves some, and the next step is another program.
+        kept = jax.lax.with_sharding_constraint(after.arrays, list(shardings))
+        after = dataclasses.replace(after, arrays=kept)
+    return after, metrics
+
+
+def _seen(states: dict[str, PlayerState], placed: dict[str, PlayerState]) -> dict[str, PlayerState]:
+    """Players as losses see them: models and averages whole. What nobody uses costs nothing."""
+
+    def whole(state, where):
+        averages = gather_weights(state.averages, where.averages)
+        return dataclasses.replace(
+            state, model=gather_weights(state.model, where.model), averages=averages
+        )
+
+    return {name: whole(state, placed[name]) for name, state in states.items()}
+
+
+def placement(state: TrainState) -> tuple[NamedSharding, ...] | None:
+    """Where the arrays of a state are on a mesh; None on one device."""
+    found = [array.sharding for array in state.arrays]
+    named = tuple(sharding for sharding in found if isinstance(sharding, NamedSharding))
+    return named if found and len(named) == len(found) else None
 
 
 def _sometimes(update, every, state, args):

@@ -56,6 +56,39 @@ class NetworkConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are used; may change when a run is resumed.
+
+    Attributes:
+        data: devices over which batches are split; None for all that remain.
+        fsdp: devices over which batches and weights are split.
+        tensor: devices over which single layers are split.
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Several processes; may change when a run is resumed.
+
+    Attributes:
+        detect: join the processes that the environment tells of: SLURM, Kubernetes, Cloud TPU,
+            Open MPI.
+        coordinator: address and port of process 0, where nothing is detected.
+        num_processes: how many there are.
+        process_id: which one this is, from 0.
+    """
+
+    detect: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How samples are drawn.
 
@@ -124,6 +157,8 @@ class RunConfig:
         data: the data set.
         network: the network.
         evaluation: sampling and measuring at the end.
+        mesh: the devices.
+        launch: the processes.
         steps: training steps.
         batch_size: global batch size.
         learning_rate: peak of a schedule that rises linearly and falls as a cosine.
@@ -149,6 +184,8 @@ class RunConfig:
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = MeshConfig()
+    launch: LaunchConfig = LaunchConfig()
     steps: int = 1500
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -204,6 +241,8 @@ class RunConfig:
 FREE_FIELDS = (
     "run_dir",
     "evaluation",
+    "mesh",
+    "launch",
     "log_every",
     "sample_every",
     "checkpoint_every",

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 from tqdm import tqdm
 
-from jaxdiff import data, metrics, networks
+from jaxdiff import data, metrics, networks, parallel
 from jaxdiff.data import make_loader
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.training import (
@@ -56,11 +56,14 @@ def classifier_loss(classifier, key, batch, frozen):
     return optax.softmax_cross_entropy(values, targets).mean(), {}
 
 
-def load_classifier(config: RunConfig, source: Source) -> networks.ConvClassifier:
+def load_classifier(
+    config: RunConfig, source: Source, mesh: jax.sharding.Mesh | None = None
+) -> networks.ConvClassifier:
     """The classifier that measures samples: trained on the real train split once, then cached.
 
-    Cached as a checkpoint in the run directory.
+    Cached as a checkpoint in the run directory. Every process of the mesh trains the same one.
     """
+    mesh = parallel.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     height, width, channels = source.event_shape
     classifier = networks.ConvClassifier(
         image_size=(height, width),
@@ -72,13 +75,18 @@ def load_classifier(config: RunConfig, source: Source) -> networks.ConvClassifie
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     player = Player(classifier, classifier_loss, optimizer, trainable=lambda model: model)
     state = init_train_state({"classifier": player}, jax.random.key(config.seed))
+    state = parallel.replicate(state, mesh)
     store = CheckpointStore(Path(config.run_dir) / "classifier", keep=1)
     restored = store.restore_latest(state.unpack())
     if restored is not None:
         state = TrainState.pack(**restored[0])
+    loader = make_loader(
+        source, min(64, len(source)), seed=config.seed, process_index=0, process_count=1
+    )
     done = int(state.step)
     if done < steps:
-        with tqdm(total=steps, initial=done, unit="step", desc="classifier") as bar:
+        hidden = not parallel.is_first()
+        with tqdm(total=steps, initial=done, unit="step", desc="classifier", disable=hidden) as bar:
 
             def progress(step, state, metrics):
                 bar.update(step - bar.n)  # whose True would end the run
@@ -86,13 +94,14 @@ def load_classifier(config: RunConfig, source: Source) -> networks.ConvClassifie
             state = fit(
                 make_train_step({"classifier": player}),
                 state,
-                iter(make_loader(source, min(64, len(source)), seed=config.seed)),
+                iter(loader),
                 num_steps=steps,
                 hooks=[Hook(20, progress)],
                 store=store,
                 checkpoint_every=steps,
+                place=lambda batch: parallel.replicate(batch, mesh),
             )
-    return state.players["classifier"].model
+    return jax.tree.map(jnp.asarray, parallel.fetch(state.players["classifier"].model))
 
 
 @eqx.filter_jit
@@ -187,14 +196,16 @@ def check_metrics(info: DataInfo, settings: EvaluationConfig, count: int) -> Non
             )
 
 
-def build_metrics(config: RunConfig, source: Source, count: int) -> dict[str, Metric]:
+def build_metrics(
+    config: RunConfig, source: Source, count: int, mesh: jax.sharding.Mesh
+) -> dict[str, Metric]:
     """The metrics that the configuration names, or all that suit so many held-out examples."""
     settings, info = config.evaluation, DataInfo.of(source)
     names = settings.metrics or suitable(info, settings, count)
     found: dict[str, Metric] = {"sliced_wasserstein": sliced_wasserstein, "mmd2": mmd2}
     found |= {name: PromptAttribute(name) for name in ("size", "colour", "place")}
     if {"accuracy", "frechet"} & set(names):
-        classifier = load_classifier(config, source)
+        classifier = load_classifier(config, source, mesh)
         found |= {
             "accuracy": ClassAccuracy(classifier),
             "frechet": FrechetDistance(classifier),
@@ -267,17 +278,20 @@ def evaluate(
     cond = requested(held_out, info, count)
     key = jax.random.key(config.seed + 1)
     out, rate = draw(settings, denoiser, info, mesh, key, cond, count)
-    samples = {"x": np.asarray(out.x)} | ({} if cond is None else {"cond": cond})
+    nfe, x = parallel.fetch((out.nfe, out.x))
+    samples = {"x": x} | ({} if cond is None else {"cond": cond})
 
     chosen = np.random.default_rng(0).permutation(len(source))[: min(count, len(source))]
     real, reference = source[chosen], held_out[np.arange(len(held_out))]
     if metrics is None:
-        metrics = build_metrics(config, source, len(held_out))
+        metrics = build_metrics(config, source, len(held_out), mesh)
     numbers = measure(metrics, samples, reference, real) | {
-        "nfe": int(out.nfe[0]),
+        "nfe": int(nfe[0]),
         "images_per_second": rate,
         "train_steps_per_second": steps_per_second,
     }
+    if not parallel.is_first():
+        return numbers
     write_json(run_dir / f"evaluation{name}.json", numbers)
     rows = [_row(name, numbers) for name in metrics]
     speed = f"{rate:.0f} images/s (compilation included)"

@@ -1,6 +1,7 @@
 """What all recipes share: the loop with its log, and errors and signals as one line."""
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,10 +54,28 @@ def run(fn: Callable[[], Any]) -> int:
             file=sys.stderr,
         )
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        if jax.process_count() > 1:
+            print(
+                f"\nerror: another process has ended ({reason}). Start all of them again: the same "
+                "command goes on from the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)  # an orderly end would wait for the process that is gone
+        print(f"\nerror: {reason}", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def say(text: str) -> None:
+    """Print once, however many processes there are."""
+    if parallel.is_first():
+        print(text)
 
 
 class Log:
@@ -72,7 +91,10 @@ class Log:
         self.writers = writers
         self.rate: float | None = None
         self.begun: tuple[int, float] | None = None  # the first interval holds the compilation
-        self.bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr)
+        hidden = not parallel.is_first()
+        self.bar = tqdm(
+            total=steps, initial=first_step, unit="step", file=sys.stderr, disable=hidden
+        )
 
     def __call__(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         """Log the metrics of a step."""
@@ -140,11 +162,29 @@ class Watch:
             value = _loss_of(self.loss, model, key, self.batch)
             self.log.scalars(step, {"held_out_loss": float(value)})
         out, _ = draw(config.evaluation, model, self.info, self.mesh, key, self.cond, self.count)
-        folder = Path(config.run_dir) / "samples"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{step:08d}.png"
-        picture(path, np.asarray(out.x), self.cond, self.batch["x"], config.evaluation, self.info)
-        self.log.picture(step, "samples", path)
+        samples = parallel.fetch(out.x)
+        if parallel.is_first():
+            folder = Path(config.run_dir) / "samples"
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{step:08d}.png"
+            picture(path, samples, self.cond, self.batch["x"], config.evaluation, self.info)
+            self.log.picture(step, "samples", path)
+
+
+def launch(config: RunConfig) -> None:
+    """Join the other processes of the run, if there are any; before anything else.
+
+    Raises:
+        ValueError: for a coordinator that does not answer, and numbers that do not fit.
+    """
+    given = (config.launch.coordinator, config.launch.num_processes, config.launch.process_id)
+    if config.launch.detect or any(value is not None for value in given):
+        parallel.initialize(given[0], num_processes=given[1], process_id=given[2])
+
+
+def build_mesh(config: RunConfig) -> jax.sharding.Mesh:
+    """The mesh of the configuration."""
+    return parallel.make_mesh(config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
 
 
 def check(config: RunConfig) -> None:
@@ -158,7 +198,8 @@ def check(config: RunConfig) -> None:
     config.check()
     build_solver(config.evaluation)
     check_writers(config.writers)
-    count = parallel.make_mesh().size
+    mesh = build_mesh(config)
+    count = mesh.size // mesh.shape["tensor"]
     if config.batch_size % count:
         raise ValueError(
             f"`batch_size` must be divisible by the {count} devices, got {config.batch_size}."
@@ -192,30 +233,41 @@ def train(
         ValueError: before any work, for metrics that cannot be taken of the data, and whatever
             the directory, `init_from` or the data are refused for.
     """
-    run_dir, info, mesh = Path(config.run_dir), DataInfo.of(source), parallel.make_mesh()
+    run_dir, info, mesh = Path(config.run_dir), DataInfo.of(source), build_mesh(config)
+    first = parallel.is_first()
+    index, count = parallel.batch_part(mesh)
     check_metrics(info, config.evaluation, len(held_out))
-    loader = make_loader(source, config.batch_size, seed=config.seed, flip=config.data.flip)
+    loader = make_loader(
+        source,
+        config.batch_size,
+        seed=config.seed,
+        flip=config.data.flip,
+        process_index=index,
+        process_count=count,
+    )
     store = CheckpointStore(run_dir / "checkpoints", keep=config.keep_checkpoints)
     players = dict(players)
     if config.init_from and not store.steps():
         players[sampled] = begin_from(players[sampled], config.init_from)
-    save_model(run_dir, players, **dataclasses.asdict(info))
+    if first:
+        save_model(run_dir, players, **dataclasses.asdict(info))
 
     state = init_train_state(players, jax.random.key(config.seed))
     if mesh.size > 1:
-        state = parallel.replicate(state, mesh)
+        state = TrainState.pack(**parallel.shard_params(state.unpack(), mesh))
     batches = iter(loader)
     restored = store.restore_latest(state.unpack())
     if restored is not None:
         unpacked, data_state, _ = restored
         state = TrainState.pack(**unpacked)
         batches.set_state(data_state)
-        print(f"Going on from step {int(state.step)} of {config.steps} in {run_dir}.")
-    save_config(config)
-
-    first = int(state.step)
-    writers = build_writers(config.writers, run_dir, first, to_json(config))
-    log = Log(writers, first, config.steps)
+        say(f"Going on from step {int(state.step)} of {config.steps} in {run_dir}.")
+    done = int(state.step)
+    writers = []
+    if first:
+        save_config(config)
+        writers = build_writers(config.writers, run_dir, done, to_json(config))
+    log = Log(writers, done, config.steps)
     hooks = [Hook(config.log_every, log, before_checkpoint=True)]
     if config.sample_every:
         watch = Watch(config, held_out, mesh, log, sampled, held_out_loss)
@@ -234,7 +286,8 @@ def train(
         )
     finally:
         log.close()
-    figures.loss_curve(run_dir)
+    if first:
+        figures.loss_curve(run_dir)
     settings = config.evaluation
     if settings.ema_width is None:
         model = state.players[sampled].averaged(index=settings.average)
@@ -248,10 +301,10 @@ def begin_from(player: Player, run_dir: str) -> Player:
     """A player whose network begins with the averaged weights of another run."""
     found = load_run(run_dir)
     network, missing, left = restore_weights(player.model.network, found.model.network)
-    print(f"Beginning with the weights of step {found.step} in {run_dir}.")
+    say(f"Beginning with the weights of step {found.step} in {run_dir}.")
     for names, what in ((missing, "begin anew"), (left, "are left out")):
         if names:
-            print(f"  {len(names)} weights {what}: {', '.join(names)}")
+            say(f"  {len(names)} weights {what}: {', '.join(names)}")
     return eqx.tree_at(lambda p: p.model.network, player, network)
 
 
