@@ -1,8 +1,10 @@
 """What every entry point checks of its arguments, where their values are known."""
 
 import dataclasses
+import inspect
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -41,6 +43,8 @@ def check_cond(cond: PyTree, num_samples: int) -> None:
     Raises:
         ValueError: if a leaf lacks the leading axis.
     """
+    if isinstance(cond, list | tuple) and cond and all(np.ndim(entry) == 0 for entry in cond):
+        raise TypeError(f"`cond` must be an array, got {cond!r:.60}. Pass jnp.asarray of it.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_samples:
             where = jax.tree_util.keystr(path)
@@ -119,6 +123,24 @@ def check_callable(argument: str, value: Any, example: str) -> None:
     if isinstance(value, type) or not callable(value):
         got = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.60}"
         raise TypeError(f"`{argument}` must be a function, got {got}. Pass {example}, say.")
+
+
+def check_takes_key(argument: str, value: Callable) -> None:
+    """Reject a function that does not take a `key` by name.
+
+    Raises:
+        TypeError: for one that does not.
+    """
+    try:
+        parameters = inspect.signature(value).parameters
+    except (TypeError, ValueError):
+        return  # of compiled functions, say
+    if "key" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    raise TypeError(
+        f"`{argument}` must take (x, label, cond=None, *, key=None), got "
+        f"({', '.join(parameters)}). Add a `key`, which may stay unused."
+    )
 
 
 def check_count(argument: str, value: Any, *, least: int = 1, instead: str = "") -> int:

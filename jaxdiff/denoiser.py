@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_callable, check_kind, check_number
+from jaxdiff._checks import check_callable, check_kind, check_number, check_takes_key
 from jaxdiff._tree import Number, number
 from jaxdiff.conditions import as_entries, from_entries
 from jaxdiff.flow_map import FlowMap
@@ -239,6 +239,7 @@ class TappedDenoiser(Denoiser):
 
     def __check_init__(self):
         check_callable("network", self.network, "a network")
+        check_takes_key("network", self.network)
         check_kind("process", self.process, GaussianProcess, "processes.VP()")
         check_kind("prediction", self.prediction, Prediction, "predictions.Eps()")
         check_kind("preconditioning", self.preconditioning, Preconditioning, "TimeLabel()")

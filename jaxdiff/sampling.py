@@ -294,6 +294,13 @@ def _check_saved(saveat: diffrax.SaveAt | None, times: Array) -> None:
     wanted, grid = np.asarray(saveat.subs.ts), np.asarray(times)
     low, high = grid.min(-1).max(), grid.max(-1).min()
     outside = wanted[(wanted < low - 1e-6 * high) | (wanted > high * (1 + 1e-6))]
+    down = grid[..., 0].max() > grid[..., -1].min()
+    order = np.diff(wanted, axis=-1)
+    if np.isnan(wanted).any() or ((order > 0) if down else (order < 0)).any():
+        raise ValueError(
+            f"`saveat.ts` must {'decrease' if down else 'increase'}, as the grid does, got "
+            f"{wanted.tolist()}. Sort them."
+        )
     if outside.size:
         raise ValueError(
             f"`saveat.ts` must lie on the grid, between {low:g} and {high:g}, got {outside[0]:g}. "

@@ -13,16 +13,19 @@ from flax import nnx
 from outside import Momentum
 
 import jaxdiff
-from jaxdiff import guidance, losses, networks, oracles, processes, solvers
+from jaxdiff import data, guidance, losses, metrics, networks, oracles, processes, solvers
 from jaxdiff.denoiser import Estimate
 from jaxdiff.training import (
     CheckpointStore,
+    ConstantEMA,
     Follow,
     Player,
+    PowerEMA,
     fit,
     init_train_state,
     make_train_step,
     next_phase,
+    save_model,
 )
 from jaxdiff.training._step import _run
 
@@ -324,10 +327,91 @@ def slips():
         "`batches` must be an iterator, got list": lambda: run([batch]),
         "`store` must be a CheckpointStore, got 'runs'": lambda: run(iter([batch]), store="runs"),
         "`keep` must be at least 1": lambda: CheckpointStore("runs", keep=0),
+        "`saveat.ts` must decrease": (
+            lambda: sample(saveat=diffrax.SaveAt(ts=jnp.asarray([0.2, 0.8])))
+        ),
+        "`network` must take .x, label, cond=None, .*, key=None., got .x, t, c": (
+            lambda: jaxdiff.NetworkDenoiser(lambda x, t, c: x, processes.VP())
+        ),
+        "`cond` must be an array, got .0, 1": lambda: sample(cond=[0, 1]),
+        "`cond` must have a leading axis": (
+            lambda: loss(model, key, batch | {"cond": jnp.zeros(3)}, {})
+        ),
+        "must be floats .*uint8 .*Scale pixels": (
+            lambda: loss(model, key, {"x": jnp.zeros((2, 2), jnp.uint8)}, {})
+        ),
+        "one example at least, got float32": lambda: loss(model, key, {"x": jnp.zeros((0, 2))}, {}),
+        "`hooks` must be a Hook, got <function": lambda: run(iter([batch]), hooks=[print_nothing]),
+        "`players` must have one player": lambda: make_train_step({}),
+        "`players` must be .* got NetworkDenoiser": lambda: make_train_step(model),
+        "`players` must be .* got dict of .'NetworkDenoiser'": (
+            lambda: save_model("runs", {"m": model})
+        ),
+        "`index` must be below 1, the number of averages, got 3": (
+            lambda: (
+                init_train_state({"m": Player(model, loss, adam, ConstantEMA())}, key)
+                .players["m"]
+                .averaged(index=3)
+            )
+        ),
+        "`sigma_rels` must have one width": lambda: PowerEMA(()),
+        "`step` must be at least 0, got -1": lambda: CheckpointStore("runs").save({}, step=-1),
+        "`step` must be a whole number, got 1.5": lambda: CheckpointStore("runs").save(
+            {}, step=1.5
+        ),
+        "`num_steps` must be at least 1, got 0": lambda: solvers.karras_times(processes.VP(), 0),
+        "`num_steps` must be a whole number": lambda: solvers.uniform_times(processes.VP(), 2.5),
+        "`process` must be .*class EDM": lambda: solvers.quadratic_times(processes.EDM, 3),
+        "`kernel` must be a Kernel, got the class RBF": (
+            lambda: metrics.mmd2_unbiased(jnp.ones((3, 2)), jnp.ones((3, 2)), metrics.RBF)
+        ),
+        "`labels` must lie in .0, 2., the classes of `logits`": (
+            lambda: metrics.accuracy(jnp.zeros((3, 2)), jnp.full(3, 9))
+        ),
+        "`batch_size` must be a whole number, got 2.5": (
+            lambda: data.make_loader(data.array_source(np.zeros((4, 2))), 2.5, seed=0)
+        ),
+        "`source` must be a source, got ndarray": lambda: data.split(np.zeros((4, 2)), 0.5),
+        "`labels` must be 2 integers from 0": (
+            lambda: data.save_images("runs", np.zeros((2, 4, 4, 1)), [-1, 0])
+        ),
+        "`x` must be finite, got images": (
+            lambda: data.save_images("runs", np.full((2, 4, 4, 1), np.nan))
+        ),
     }
 
 
-def test_slips_are_named_before_any_work(unchecked):
+def print_nothing(step, state, metrics):
+    """A hook that is not one."""
+
+
+def test_slips_are_named_before_any_work(unchecked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for message, call in slips().items():
         with pytest.raises((TypeError, ValueError), match=message.replace("()", r"\(\)")):
             call()
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_not_finite_has_no_distance(unchecked):
+    """NaN is no zero; and lists are arrays."""
+    x = jax.random.normal(KEY, (8, 2))
+    bad = x.at[0, 0].set(jnp.nan)
+    for metric in (
+        lambda x, y: metrics.sliced_wasserstein(KEY, x, y),
+        lambda x, y: metrics.wasserstein_1d(x[:, 0], y[:, 0]),
+        metrics.frechet_distance,
+        metrics.mmd2_unbiased,
+    ):
+        assert jnp.isnan(metric(bad, x)) and jnp.isfinite(metric(x + 1, x))
+    assert metrics.wasserstein_1d([1.0], [3.0]) == 2
+    assert float(metrics.accuracy([[1.0, 2.0]], [1])[0]) == 1
+
+
+def test_a_file_is_no_directory_of_checkpoints(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="`directory` must be a directory, got a file"):
+        CheckpointStore(tmp_path / "file").steps()
+    with pytest.raises(OSError, match="`directory` must be a directory, got a file"):
+        CheckpointStore(tmp_path / "file").save({"a": jnp.ones(1)}, step=1)
+    assert (tmp_path / "file").read_text() == "mine"

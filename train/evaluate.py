@@ -40,6 +40,8 @@ class Options(SamplingOptions):
 
 def main(options: Options) -> dict[str, float]:
     """Measure a run again."""
+    if options.name is not None and (not options.name or "/" in options.name):
+        raise ValueError(f"`name` must be part of a file's name, got {options.name!r}.")
     config = changed(load_config(options.run_dir, RunConfig), options)
     if options.data_path is not None:
         moved = dataclasses.replace(config.data, path=options.data_path)

@@ -4,6 +4,7 @@ python -m train.sample runs/digits --num-samples 64 --labels 3 8 --guidance-scal
 """
 
 import dataclasses
+import itertools
 import sys
 import zipfile
 from pathlib import Path
@@ -33,7 +34,8 @@ class Options(SamplingOptions):
         prompts: captions, as "large red three left", of words in any order, taken in turn.
         cond: npz file of conditions, "cond" or "cond/age" and so on, taken in turn.
         seed: seed of the samples.
-        out: directory of the samples; None for samples-<seed> in the run directory.
+        out: directory of the samples, new or empty; None for samples-<seed> in the run directory,
+            or samples-<seed>-2 and so on where there are some.
     """
 
     num_samples: int = 64
@@ -46,13 +48,17 @@ class Options(SamplingOptions):
 
 def main(options: Options) -> None:
     """Draw samples and write them: arrays, a picture, and images of their own by class."""
+    if options.num_samples < 1 or not 0 <= options.seed < 2**32:
+        raise ValueError(
+            "`num_samples` must be positive and `seed` in [0, 2^32), got "
+            f"{options.num_samples} and {options.seed}."
+        )
     config = changed(load_config(options.run_dir, RunConfig), options)
     settings, count = config.evaluation, options.num_samples
     model, step, stored, _ = load_model(config)
     info = DataInfo.from_json(stored)
     cond = conditions(options, info)
-    target = Path(options.out or Path(options.run_dir) / f"samples-{options.seed}")
-    target.mkdir(parents=True, exist_ok=True)
+    target = new_directory(options)
     key = jax.random.key(options.seed)
     out, rate = draw(settings, model, info, parallel.make_mesh(), key, cond, count)
 
@@ -73,12 +79,33 @@ def main(options: Options) -> None:
     )
 
 
+def new_directory(options: Options) -> Path:
+    """Where the samples go: a directory of their own, in which no earlier ones are lost or mixed.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    if options.out is None:
+        first = Path(options.run_dir) / f"samples-{options.seed}"
+        names = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
+        target = next(path for path in itertools.chain([first], names) if not path.exists())
+    else:
+        target = Path(options.out)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"`out` must be a new or empty directory, got {target}.")
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
 def conditions(options: Options, info: DataInfo) -> Any:
     """What to sample with, one for each sample.
 
     Raises:
         ValueError: for classes or conditions that the run was not trained with.
     """
+    given = [name for name in ("labels", "prompts", "cond") if getattr(options, name)]
+    if len(given) > 1:
+        raise ValueError(f"Only one of `{'`, `'.join(given)}` can be given.")
     if options.prompts:
         rows = [tokens_of(prompt, info) for prompt in options.prompts]
         return {"tokens": jnp.asarray(np.resize(rows, (options.num_samples, len(rows[0]))))}
@@ -91,13 +118,20 @@ def conditions(options: Options, info: DataInfo) -> Any:
                     for name in file
                     if name == "cond" or name.startswith("cond/")
                 }
-        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"`cond` must be an npz file, got {options.cond}: {error}.") from None
         found = {"label" if name == "cond" else name: rows for name, rows in found.items()}
         wanted = set(info.cond) | ({"label"} if info.num_classes is not None else set())
         if set(found) != wanted:
             raise ValueError(
                 f"`cond` must hold the conditions {sorted(wanted)}, got {sorted(found)}."
+            )
+        bad = [n for n, v in found.items() if not v.ndim or not len(v) or v.dtype.kind not in "iuf"]
+        if bad or not found:
+            what = f"{bad[0]!r}" if bad else "none"
+            raise ValueError(
+                f"`cond` must hold numbers of one sample at least in each condition, got {what} of "
+                f"{options.cond}."
             )
         if len(counts := {len(values) for values in found.values()}) > 1:
             raise ValueError(f"`cond` must hold as many of every condition, got {sorted(counts)}.")
@@ -113,7 +147,9 @@ def conditions(options: Options, info: DataInfo) -> Any:
     names = {str(label): label for label in range((info.num_classes or -1) + 1)}
     names |= {info.name_of(label): label for label in range(info.num_classes or 0)}
     if unknown := [label for label in options.labels if label not in names]:
-        known = f"{sorted(names)}, {info.num_classes} for none" if names else "left out: no classes"
+        if not names or info.num_classes is None:
+            raise ValueError("`labels` must be left out: the run has no classes.")
+        known = f"{sorted(names)}, {info.num_classes} for none"
         raise ValueError(f"`labels` must be among {known}, got {unknown[0]!r}.")
     classes = tuple(names[label] for label in options.labels) or info.classes
     return requested_classes(options.num_samples, classes)

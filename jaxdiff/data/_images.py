@@ -107,7 +107,7 @@ def save_images(
         class_names: names of the folders; the numbers of the classes if None.
 
     Raises:
-        ValueError: for anything but images of one or three channels.
+        ValueError: for anything but finite images of one or three channels, and one label each.
     """
     require("PIL")
     from PIL import Image
@@ -115,12 +115,21 @@ def save_images(
     x = np.asarray(x, np.float32)
     if x.ndim != 4 or x.shape[-1] not in (1, 3):
         raise ValueError(f"`x` must be images (n, H, W, C), C = 1 or 3, got shape {x.shape}.")
+    if not np.isfinite(x).all():
+        raise ValueError("`x` must be finite, got images with NaN or infinite pixels.")
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.shape != x.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any():
+            raise ValueError(
+                f"`labels` must be {len(x)} integers from 0, got shape {labels.shape} of "
+                f"{labels.dtype}."
+            )
     pixels = np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
     digits = len(str(len(x) - 1))
     for i, image in enumerate(pixels):
         folder = Path(directory)
         if labels is not None:
-            label = int(np.asarray(labels)[i])
+            label = int(labels[i])
             names = class_names or ()  # a label beyond them is that of no class
             folder /= (names[label] if label < len(names) else str(label)).replace("/", "_")
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdiff._checks import check_count
 from jaxdiff.data._folder import FolderSource
 from jaxdiff.data._sources import ArraySource, Source, require
 
@@ -70,6 +71,9 @@ def make_loader(
         jax.process_count() if process_count is None else process_count,
     )
     _check_numbers(seed, num_epochs, process)
+    batch_size = check_count("batch_size", batch_size)
+    num_threads = check_count("num_threads", num_threads, least=0)
+    prefetch = check_count("prefetch", prefetch, least=0)
     _check_batch(source, batch_size, process[1])
     if flip and len(source.event_shape) != 3:
         raise ValueError(
@@ -222,12 +226,10 @@ def _gather(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _check_numbers(seed: int, num_epochs: int | None, process: tuple[int, int]) -> None:
-    if not 0 <= seed < 2**32:
+    if not 0 <= check_count("seed", seed, least=0) < 2**32:
         raise ValueError(f"`seed` must be in [0, 2^32), got {seed}.")
-    if num_epochs is not None and num_epochs < 1:
-        raise ValueError(
-            f"`num_epochs` must be at least 1, got {num_epochs}. Pass None for an endless stream."
-        )
+    if num_epochs is not None:
+        check_count("num_epochs", num_epochs, instead="Pass None for an endless stream.")
     index, count = process
     if not 0 <= index < count:
         raise ValueError(f"`process_index` must be in [0, process_count = {count}), got {index}.")

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from jaxdiff._checks import check_count
 from jaxdiff.data._folder import FolderSource
 from jaxdiff.data._sources import ArraySource
 
@@ -35,8 +36,13 @@ def split(source: S, fraction: float = 0.1, *, seed: int = 0) -> tuple[S, S]:
         >>> len(train), np.bincount(held_out.labels).tolist()
         (16, [2, 2])
     """
-    if not 0 < fraction < 1:
+    if isinstance(fraction, str) or not 0 < fraction < 1:
         raise ValueError(f"The fraction held out must lie in (0, 1), got {fraction}.")
+    if not isinstance(source, ArraySource | FolderSource):
+        raise TypeError(
+            f"`source` must be a source, got {type(source).__name__}. Pass array_source(x), say."
+        )
+    check_count("seed", seed, least=0)
     count, labels = len(source), source.labels
     # Raw bits are the one stream that NumPy promises never to change.
     bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count)

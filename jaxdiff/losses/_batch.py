@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_cond
 from jaxdiff.conditions import null_where
 
 
@@ -51,7 +52,13 @@ def each_example(
         got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise TypeError(f'`batch` must be a dict {{"x": examples, "cond": conditions}}, got {got}.')
     x0, cond = batch["x"], batch.get("cond")
+    if not jnp.issubdtype(jnp.result_type(x0), jnp.floating) or not jnp.ndim(x0) or not len(x0):
+        raise TypeError(
+            f"`batch['x']` must be floats of one example at least, got {jnp.result_type(x0)} of "
+            f"shape {jnp.shape(x0)}. Scale pixels to [-1, 1]: x / 127.5 - 1."
+        )
     count = x0.shape[0]
+    check_cond(cond, count)
     time_key, example_key = jax.random.split(key)
     keys = jax.vmap(lambda i: jax.random.fold_in(example_key, i))(jnp.arange(count))
     return jax.vmap(loss)(keys, stratified_uniform(time_key, count), x0, cond)

@@ -72,6 +72,7 @@ def frechet_distance_gaussian(
     1982; the Procrustes form: Bhatia, Jain, Lim, "On the Bures-Wasserstein distance between
     positive definite matrices", 2017, arXiv 1712.01504, theorem 1.
     """
+    mu1, cov1, mu2, cov2 = (jnp.asarray(a) for a in (mu1, cov1, mu2, cov2))
     shapes = [jnp.shape(a) for a in (mu1, cov1, mu2, cov2)]
     d = shapes[0][0] if len(shapes[0]) == 1 else None
     if d is None or shapes != [(d,), (d, d)] * 2:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float, Scalar
 
-from jaxdiff._checks import check_count, check_number
+from jaxdiff._checks import check_count, check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.metrics._pair import feature_pair
 
@@ -115,6 +115,7 @@ def mmd2_unbiased(
 
     Reference: Gretton et al., "A Kernel Two-Sample Test", 2012, JMLR 13, lemma 6.
     """
+    check_kind("kernel", kernel, Kernel, "Polynomial()")
     x, y = feature_pair(x, y, minimum=2)
     xx, yy, xy = _shifted_grams(kernel, x, y)
     return _mean_off_diagonal(xx) + _mean_off_diagonal(yy) - 2 * _mean(xy)
@@ -140,6 +141,7 @@ def mmd2_biased(
 
     Reference: Gretton et al., "A Kernel Two-Sample Test", 2012, JMLR 13, eq. 5.
     """
+    check_kind("kernel", kernel, Kernel, "Polynomial()")
     x, y = feature_pair(x, y, minimum=1)
     xx, yy, xy = _shifted_grams(kernel, x, y)
     return _mean(xx) + _mean(yy) - 2 * _mean(xy)

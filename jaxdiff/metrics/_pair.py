@@ -1,15 +1,16 @@
 """What two-sample metrics ask of their samples."""
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 
-def feature_pair(x: Array, y: Array, *, minimum: int) -> tuple[Array, Array]:
+def feature_pair(x: ArrayLike, y: ArrayLike, *, minimum: int) -> tuple[Array, Array]:
     """The two samples as (n, d) and (m, d), their event axes flattened.
 
     Raises:
         ValueError: for events of different shapes, fewer than `minimum` samples, or no floats.
     """
+    x, y = jnp.asarray(x), jnp.asarray(y)
     for name, sample in (("x", x), ("y", y)):
         if jnp.ndim(sample) < 2 or len(sample) < minimum:
             raise ValueError(

@@ -6,7 +6,7 @@ import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
-from jaxdiff._checks import check_key
+from jaxdiff._checks import check_count, check_key, check_number
 from jaxdiff.metrics._pair import feature_pair
 
 
@@ -47,8 +47,7 @@ def sliced_wasserstein(
     Measures", 2015, section 2.
     """
     check_key(key)
-    if num_projections < 1:
-        raise ValueError(f"`num_projections` must be at least 1, got {num_projections}.")
+    num_projections = check_count("num_projections", num_projections)
     x, y = feature_pair(x, y, minimum=1)
 
     def direction(index):
@@ -81,6 +80,7 @@ def wasserstein_1d(x: Float[Array, "n"], y: Float[Array, "m"], *, p: float = 2.0
     Reference: Peyre, Cuturi, "Computational Optimal Transport", 2019, arXiv 1803.00567, remark
     2.30.
     """
+    x, y = jnp.asarray(x), jnp.asarray(y)
     if jnp.ndim(x) != 1 or jnp.ndim(y) != 1 or len(x) == 0 or len(y) == 0:
         raise ValueError(
             f"`x` and `y` must have the shapes (n,) and (m,), got {jnp.shape(x)} and "
@@ -90,8 +90,7 @@ def wasserstein_1d(x: Float[Array, "n"], y: Float[Array, "m"], *, p: float = 2.0
 
 
 def _transport_cost(x: Array, y: Array, p: float) -> Scalar:
-    if p < 1:
-        raise ValueError(f"`p` must be at least 1, got {p}.")
+    check_number("p", p, least=1.0)
     i, j, mass = _monotone_coupling(len(x), len(y))
     gap = jnp.abs(jnp.sort(x)[i] - jnp.sort(y)[j])
     return jnp.sum(jnp.asarray(mass, gap.dtype) * gap**p)
@@ -106,5 +105,5 @@ def _monotone_coupling(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 def _root(cost: Scalar, p: float) -> Scalar:
     # The root has no slope at 0: a distance of exactly 0 gets the gradient 0, not NaN.
-    positive = cost > 0
-    return jnp.where(positive, jnp.where(positive, cost, 1) ** (1 / p), 0)
+    zero = cost == 0
+    return jnp.where(zero, 0, jnp.where(zero, 1, cost) ** (1 / p))

@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxdiff._checks import check_number
+from jaxdiff._checks import check_count, check_kind, check_number
 from jaxdiff._tree import as_number
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._times import check_times, clip_times
@@ -28,6 +28,12 @@ class Schedule(eqx.Module):
     history: Array
 
 
+def _checked(process: GaussianProcess, num_steps: int) -> int:
+    """The number of steps, after checking it and the process."""
+    check_kind("process", process, GaussianProcess, "VP()")
+    return check_count("num_steps", num_steps)
+
+
 def uniform_times(
     process: GaussianProcess, num_steps: int, *, t_end: float = 0.0
 ) -> Float[Array, "{num_steps}+1"]:
@@ -41,6 +47,7 @@ def uniform_times(
     Returns:
         Decreasing times, `(num_steps + 1,)`.
     """
+    num_steps = _checked(process, num_steps)
     return jnp.linspace(process.t_max, t_end, num_steps + 1)
 
 
@@ -56,6 +63,7 @@ def log_snr_times(process: GaussianProcess, num_steps: int) -> Float[Array, "{nu
 
     Reference: Lu et al., "DPM-Solver", 2022, arXiv 2206.00927, section 3.4.
     """
+    num_steps = _checked(process, num_steps)
     ends = process.log_snr(jnp.asarray([process.t_max, process.t_min], jnp.result_type(float)))
     times = process.unbounded_time(jnp.linspace(ends[0], ends[1], num_steps + 1))
     return times.at[0].set(process.t_max).at[-1].set(process.t_min)
@@ -131,6 +139,7 @@ def _by_level(
     A process whose t_min is 0 has no level below it: there, as where `t_end` is given, one level
     more takes its place.
     """
+    num_steps = _checked(process, num_steps)
     first = process.t_max if t_start is None else t_start
     last = process.t_min if t_end is None else t_end
     dtype = jnp.result_type(float, first, last)
@@ -157,6 +166,7 @@ def quadratic_times(process: GaussianProcess, num_steps: int) -> Float[Array, "{
     Reference: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", 2020,
     arXiv 2010.02502, appendix D.2.
     """
+    num_steps = _checked(process, num_steps)
     return jnp.linspace(jnp.sqrt(process.t_max), 0.0, num_steps + 1) ** 2
 
 
@@ -182,6 +192,7 @@ def cosine_times(
     arXiv 2102.09672, equation 17 (without its offset); the angle of Salimans, Ho, "Progressive
     Distillation for Fast Sampling of Diffusion Models", 2022, arXiv 2202.00512, appendix D.
     """
+    num_steps = _checked(process, num_steps)
     ends = jnp.asarray([process.t_max, process.t_min, 0.0], jnp.result_type(float))
     first, lowest, last = jnp.arctan2(process.sigma(ends), sigma_data * process.alpha(ends))
     angle = jnp.linspace(first, last, num_steps + 1)
@@ -239,6 +250,7 @@ def interpolate_times(
     Reference: Sabour, Fidler, Kreis, "Align Your Steps: Optimizing Sampling Schedules in
     Diffusion Models", 2024, arXiv 2404.14507, and its page of published schedules.
     """
+    num_steps = _checked(process, num_steps)
     times = check_times(process, times)
     levels = process.log_snr(clip_times(process, times))
     old, new = (jnp.linspace(0, 1, n, dtype=times.dtype) for n in (len(times), num_steps + 1))

@@ -99,6 +99,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"`directory` must be a directory, got a file, {self.directory}.")
         if not self.directory.is_dir():
             return []
         return sorted(
@@ -121,6 +123,9 @@ class CheckpointStore:
         Raises:
             CheckpointError: if it could not be written. Earlier checkpoints are intact.
         """
+        step = check_count("step", step, least=0)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"`directory` must be a directory, got a file, {self.directory}.")
         leaves = _named_leaves(state)
         meta = {
             "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},

@@ -85,6 +85,8 @@ class PowerEMA(EMA):
             raise TypeError(
                 f"`sigma_rels` must be a tuple, got {self.sigma_rels!r}. Pass (0.05, 0.1), say."
             )
+        if not self.sigma_rels:
+            raise ValueError("`sigma_rels` must have one width at least, got (). Pass (0.05, 0.1).")
         for width in self.sigma_rels:
             sigma_rel_to_gamma(width)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxdiff._checks import check_count, check_kind
+from jaxdiff._checks import check_callable, check_count, check_kind
 from jaxdiff.parallel import join_devices
 from jaxdiff.training._checkpoint import CheckpointStore
 from jaxdiff.training._step import TrainState
@@ -219,6 +219,8 @@ def fit(
     check_count("num_steps", num_steps, least=0)
     check_count("checkpoint_every", checkpoint_every)
     for hook in hooks:
+        check_kind("hooks", hook, Hook, "Hook(100, call)")
+        check_callable("call", hook.call, "a function of (step, state, metrics)")
         check_count("every", hook.every, instead="It is the hook's number of steps.")
     if not hasattr(batches, "__next__"):
         raise TypeError(

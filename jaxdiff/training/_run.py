@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from jaxdiff.networks import Network
 from jaxdiff.training._checkpoint import CheckpointStore, write_json
 from jaxdiff.training._ema import PowerEMA, reconstruct_ema
-from jaxdiff.training._step import Player, PlayerState
+from jaxdiff.training._step import Player, PlayerState, check_players
 
 MODEL = "model.json"
 # Where the classes are that a file may name.
@@ -56,6 +56,7 @@ def save_model(run_dir: str | Path, players: Mapping[str, Player], **info: Any) 
         TypeError: for a model that holds anything but classes of jaxdiff, numbers, text and
             arrays of the constants, naming it.
     """
+    check_players(players)
     described = {
         name: {
             "model": to_json(player.model, name),
@@ -96,20 +97,21 @@ def load_run(
     """
     path = Path(run_dir) / MODEL
     try:
-        stored = json.loads(path.read_text())
-        players, info = stored["players"], stored["info"]
-    except FileNotFoundError:
+        stored = json.loads(path.read_bytes())
+        players, info = dict(stored["players"]), dict(stored["info"])
+        described = {name: (int(p["averages"]), p["model"]) for name, p in players.items()}
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"`run_dir` must be the directory of a run, got {str(run_dir)!r}: it has no {MODEL}. "
             "`save_model` writes one, and so does going on with the run."
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}.") from None
     if player is None and len(players) == 1:
         player = next(iter(players))
     if player not in players:
         raise ValueError(f"`player` must be one of {sorted(players)}, got {player!r}.")
-    count = players[player]["averages"]
+    count, written = described[player]
     average = None if count == 0 and average == 0 else average
     if average is not None and not 0 <= average < count:
         raise ValueError(
@@ -122,7 +124,12 @@ def load_run(
             f"`sigma_rel` must be None for {player!r}, whose averages are not of PowerEMA, got "
             f"{sigma_rel}. Train with an ema of PowerEMA()."
         )
-    model = from_json(players[player]["model"])
+    try:
+        model = from_json(written)
+    except TypeError as error:  # arguments that the class does not have
+        raise ValueError(f"{path} is damaged: {error}.") from None
+    if not isinstance(model, eqx.Module | Network):
+        raise ValueError(f"{path} is damaged: the model of {player!r} is {written!r:.60}.")
     # Averages are of the network; None in place of those that are not wanted.
     averages: list[PyTree] = []
     weights = eqx.filter(getattr(model, "network", None), eqx.is_inexact_array)

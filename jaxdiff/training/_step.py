@@ -119,6 +119,10 @@ class PlayerState(eqx.Module):
         """
         if not self.averages:
             return self.model
+        if not 0 <= index < len(self.averages):
+            raise ValueError(
+                f"`index` must be below {len(self.averages)}, the number of averages, got {index}."
+            )
         part = self.trainable if trainable is None else trainable
         weights = eqx.combine(self.averages[index], part(self.model))
         return eqx.tree_at(part, self.model, weights)
@@ -246,14 +250,30 @@ def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainStat
         ValueError: for a player that has nothing to learn.
     """
     check_key(key)
-    if not isinstance(players, Mapping):
-        raise TypeError(
-            f"`players` must be a dict of players by name, got {type(players).__name__}. Pass "
-            '{"model": player}.'
-        )
+    check_players(players)
     states = {name: _init_player(name, player) for name, player in players.items()}
     state = TrainState.pack(step=jnp.zeros((), jnp.int32), key=key, players=states)
     return jax.tree.map(jnp.array, state)
+
+
+def check_players(players: Any) -> None:
+    """Reject anything but players by name.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for none at all.
+    """
+    if not isinstance(players, Mapping) or not all(
+        isinstance(player, Player) for player in players.values()
+    ):
+        got = type(players).__name__
+        if isinstance(players, Mapping):
+            got += f" of {sorted({type(player).__name__ for player in players.values()})}"
+        raise TypeError(
+            f'`players` must be a dict of players by name, got {got}. Pass {{"model": player}}.'
+        )
+    if not players:
+        raise ValueError("`players` must have one player at least, got an empty dict.")
 
 
 def next_phase(
@@ -508,6 +528,7 @@ def make_train_step(
     Args:
         players: `{name: Player}`, the ones `init_train_state` was given.
     """
+    check_players(players)
 
     # Pairs, since a dict is rebuilt in the order of its keys.
     def rule(player: Player) -> Player:

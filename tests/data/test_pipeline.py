@@ -209,13 +209,13 @@ def test_an_error_of_the_source_reaches_the_caller():
     ("options", "message"),
     [
         ({"batch_size": 11}, r"`batch_size`.*number of examples, 10, got 11"),
-        ({"batch_size": 0}, r"`batch_size` must be between 1"),
+        ({"batch_size": 0}, r"`batch_size` must be at least 1"),
         (
             {"batch_size": 9, "process_count": 2, "process_index": 0},
             r"processes, 2, got 9",
         ),
         ({"process_count": 2, "process_index": 2}, r"`process_index`.*got 2"),
-        ({"seed": -1}, r"`seed` must be in"),
+        ({"seed": -1}, r"`seed` must be at least 0"),
         ({"num_epochs": 0}, r"`num_epochs` must be at least 1, got 0"),
     ],
 )

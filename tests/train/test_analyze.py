@@ -217,6 +217,10 @@ def test_a_mosaic_keeps_images_in_their_places():
         ({"times": (0.5, 1.5)}, r"`times` must lie in \(0, 1\]"),
         ({"edit_times": (0.0,)}, r"`edit_times` must lie in \(0, 1\]"),
         ({"num_samples": 1}, "at least 2"),
+        ({"num_edit_steps": 0}, "`num_edit_steps` must be at least 1, got 0"),
+        ({"cut": float("nan")}, "`cut` must be positive"),
+        ({"times": (float("nan"),)}, r"`times` must lie in \(0, 1\]"),
+        ({"rank": 0}, "`rank` must lie between 1 and `num_values`"),
         ({"num_samples": 10**6}, "held-out examples"),
         ({"rank": 13}, "`rank` must lie between 1 and `num_values`, 12"),
         ({"num_directions": 5}, "`num_directions` must lie between 1 and `rank`"),
@@ -233,6 +237,10 @@ def test_a_run_without_images_is_refused(tmp_path):
     config = dataclasses.replace(PRESETS["toy2d"][1], network=network)
     with pytest.raises(ValueError, match=r"model of images.*shape \(2,\)"):
         analyze.main(analyze.Options(str(make_run(tmp_path, config))))
+
+
+def test_a_preset_may_be_named():
+    assert geometry_recipe.resolved(analyze.Options("", preset="cifar10"), 64).inversion_steps == 50
 
 
 def test_presets_make_every_choice():

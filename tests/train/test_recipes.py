@@ -122,8 +122,14 @@ def test_the_run_directory_alone_is_enough_to_sample(tmp_path, uninterrupted, ca
     assert "32 samples of step 1200, 3 evaluations each" in capsys.readouterr().out
     first = samples_in(out)
     assert first.shape == (32, 2) and (out / "samples.png").stat().st_size > 1000
-    sample.main(dataclasses.replace(options, seed=1))
-    assert not np.allclose(samples_in(out), first)
+    # Nothing is lost, and nothing mixed.
+    with pytest.raises(ValueError, match="`out` must be a new or empty directory"):
+        sample.main(dataclasses.replace(options, seed=1))
+    other = dataclasses.replace(options, seed=1, out=None)
+    for name in ("samples-1", "samples-1-2"):
+        sample.main(other)
+        assert not np.allclose(samples_in(uninterrupted / name), first)
+        shutil.move(uninterrupted / name / "samples.png", tmp_path / f"{name}.png")
 
 
 def test_a_run_is_measured_again_and_grows(tmp_path, uninterrupted, capsys):
@@ -185,6 +191,16 @@ def test_another_configuration_is_refused_with_the_difference(uninterrupted):
         (["toy2d", "--evaluation.order", "3"], "`order` is no option of the solver 'ddim'"),
         (["digits", "--data.lazy"], "`data.lazy` is for folders"),
         (["digits", "--data.mode", "rgb"], "three channels"),
+        (["toy2d", "--data.path", "/x"], "`data.path` must be left out for two_moons"),
+        (["toy2d", "--evaluation.solver", "unipc", "--evaluation.sampling-steps", "1"], "order of"),
+        (["digits", "--evaluation.guidance-scale", "inf"], "`evaluation.guidance_scale`"),
+        (["toy2d", "--network.channel-mults"], "`network.channel_mults` must be positive"),
+        (["toy2d", "--seed", "9" * 30], "`seed` must be in"),
+        (["toy2d", "--accumulate", "9", "--steps", "4"], "no update would be made"),
+        (["toy2d", "--ema", "power", "--ema-widths"], "`ema_widths` must have one"),
+        (["toy2d", "--evaluation.metrics", "frechet"], "`evaluation.metrics` must be among"),
+        (["toy2d", "--mesh.data", "3"], "number of devices, 8"),
+        (["toy2d", "--launch.num-processes", "2"], "must be given together"),
     ],
 )
 def test_bad_command_lines_get_one_clear_error(tmp_path, capsys, arguments, expected):
@@ -202,9 +218,23 @@ def test_bad_command_lines_get_one_clear_error(tmp_path, capsys, arguments, expe
 def test_a_run_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json"):
         load_config(tmp_path, Config)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        load_config(tmp_path, Config)
+    path = tmp_path / "config.json"
+    good = to_json(PRESETS["toy2d"][1])
+    for text in (b"{", b"\xff\xfe\x00", b"[3]", b"null"):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match="damaged"):
+            load_config(tmp_path, Config)
+    for changes, name in (
+        ({"network": 3}, "network"),
+        ({"steps": "abc"}, "steps"),
+        ({"process": "foo"}, "process"),
+        ({"evaluation": {**good["evaluation"], "solver": "foo"}}, "evaluation.solver"),
+        ({"data": {**good["data"], "name": "foo"}}, "data.name"),
+        ({"learning_rate": None}, "learning_rate"),
+    ):
+        path.write_text(json.dumps(good | changes))
+        with pytest.raises(ValueError, match=f"damaged: `{name}` has a value"):
+            load_config(tmp_path, Config)
 
 
 def test_configurations_survive_json():

@@ -179,6 +179,27 @@ def test_only_classes_of_jaxdiff_are_written_and_read(tmp_path):
             load_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"players": 3},
+        {"info": 3},
+        {"players": {"model": {}}},
+        {"players": {"model": {"averages": 0, "model": 3}}},
+        {"players": {"model": {"averages": "x", "model": {}}}},
+    ],
+)
+def test_a_damaged_description_is_named(tmp_path, change):
+    saved(tmp_path, {"model": player(process=jaxdiff.processes.VP())})
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"model.json is damaged"):
+        load_run(tmp_path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"model.json is damaged"):
+        load_run(tmp_path)
+
+
 def test_a_fresh_process_needs_the_directory_alone(tmp_path):
     """Without Grain, Pillow, matplotlib or tyro."""
     saved(tmp_path / "run", {"model": player(process=jaxdiff.processes.VP())})

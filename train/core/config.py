@@ -5,7 +5,8 @@ import json
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jaxdiff.training import sigma_rel_to_gamma, write_json
 from train.core.data import DataConfig
@@ -214,6 +215,21 @@ class RunConfig:
             if not value >= least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         self.check_positive("learning_rate", "grad_clip")
+        scale = self.evaluation.guidance_scale
+        if not scale < float("inf"):
+            raise ValueError(f"`evaluation.guidance_scale` must be finite, got {scale}.")
+        if self.seed >= 2**32:
+            raise ValueError(f"`seed` must be in [0, 2^32), got {self.seed}.")
+        mults = self.network.channel_mults
+        if not mults or min(mults) < 1:
+            raise ValueError(f"`network.channel_mults` must be positive numbers, got {mults}.")
+        if self.ema == "power" and not self.ema_widths:
+            raise ValueError("`ema_widths` must have one width at least, got none.")
+        if self.accumulate > self.steps:
+            raise ValueError(
+                f"`accumulate` must be at most `steps`, {self.steps}, got {self.accumulate}: no "
+                "update would be made."
+            )
         average, width = self.evaluation.average, self.evaluation.ema_width
         count = 1 if self.ema == "constant" else len(self.ema_widths)
         if average >= count:
@@ -305,19 +321,49 @@ def load_config(run_dir: str | Path, kind: type[T]) -> T:
         ValueError: if the directory has none that can be read.
     """
     path = Path(run_dir) / "config.json"
+    version = "of before 0.3"
     try:
-        value = json.loads(path.read_text())
-        version = value.pop("version", "of before 0.3")
-        return dataclasses.replace(from_json(kind, value), run_dir=str(run_dir))
-    except FileNotFoundError:
+        value = dict(json.loads(path.read_bytes()))
+        version = value.pop("version", version)
+        found = dataclasses.replace(from_json(kind, value), run_dir=str(run_dir))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"`run_dir` must be a directory written by a recipe, got {run_dir}: it has no "
             "config.json."
         ) from None
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
     except ValueError as error:
         raise ValueError(f"{path} was written by jaxdiff {version}: {error}.") from None
+    if wrong := wrong_types(found):
+        raise ValueError(f"{path} is damaged: `{wrong}` has a value that it cannot have.")
+    return found
+
+
+def wrong_types(config: Any, prefix: str = "") -> str:
+    """Name of the first field whose value is not of its type; "" if there is none."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(kind):
+            fault = wrong_types(value, f"{prefix}{name}.") if isinstance(value, kind) else name
+            if fault:
+                return fault if fault != name else f"{prefix}{name}"
+        elif not _fits(value, kind):
+            return f"{prefix}{name}"
+    return ""
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def save_config(config: RunConfig) -> None:

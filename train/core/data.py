@@ -122,6 +122,18 @@ def build_sources(config: DataConfig) -> tuple[Source, Source]:
             would be missing from a side.
     """
     train, held_out = _read(config)
+    if train.event_shape != held_out.event_shape:
+        raise ValueError(
+            f"The test set must have examples of shape {train.event_shape}, as the training set, "
+            f"got {held_out.event_shape}."
+        )
+    if train.labels is not None and held_out.labels is not None:
+        strange = sorted(set(held_out.labels.tolist()) - set(train.labels.tolist()))
+        if strange:
+            raise ValueError(
+                f"The training set must have examples of every class of the test set, got none of "
+                f"{train.class_names[strange[0]] if train.class_names else strange[0]}."
+            )
     if train.num_classes != held_out.num_classes or train.class_names != held_out.class_names:
         raise ValueError(
             "The test set must have the classes of the training set, "
@@ -143,6 +155,12 @@ def _read(config: DataConfig) -> tuple[Source, Source]:
         raise ValueError(
             f"`data.path` must say where the {config.name} data are, got nothing. Pass --data.path."
         )
+    reads_files = config.name in ("cifar10", "mnist", "folder", "npz", "idx")
+    for field, used in (("path", reads_files), ("labels_path", config.name == "idx")):
+        if getattr(config, field) and not used:
+            raise ValueError(
+                f"`data.{field}` must be left out for {config.name}, got {getattr(config, field)}."
+            )
     if config.name == "folder":
         return _folder(config)
     if config.lazy:

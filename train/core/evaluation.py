@@ -61,7 +61,8 @@ def load_classifier(
 ) -> networks.ConvClassifier:
     """The classifier that measures samples: trained on the real train split once, then cached.
 
-    Cached as a checkpoint in the run directory. Every process of the mesh trains the same one.
+    Cached as a checkpoint in the run directory, in a folder of its number of steps; another number
+    is another classifier. Every process of the mesh trains the same one.
     """
     mesh = parallel.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     height, width, channels = source.event_shape
@@ -76,7 +77,7 @@ def load_classifier(
     player = Player(classifier, classifier_loss, optimizer, trainable=lambda model: model)
     state = init_train_state({"classifier": player}, jax.random.key(config.seed))
     state = parallel.replicate(state, mesh)
-    store = CheckpointStore(Path(config.run_dir) / "classifier", keep=1)
+    store = CheckpointStore(Path(config.run_dir) / "classifier" / str(steps), keep=1)
     restored = store.restore_latest(state.unpack())
     if restored is not None:
         state = TrainState.pack(**restored[0])

@@ -28,6 +28,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def loss_curve(run_dir: Path) -> None:
     """Write loss.png: the training loss against the step."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return
     records = [record for record in read_metrics(run_dir) if "loss" in record]
     held_out = [record for record in read_metrics(run_dir) if "held_out_loss" in record]
     figure, axes = plt.subplots(figsize=(6, 3.5))

@@ -34,7 +34,7 @@ from train.core import figures
 from train.core.config import RunConfig, check_same, save_config, to_json
 from train.core.data import DataInfo, Source
 from train.core.evaluation import check_metrics, evaluate, picture
-from train.core.sampling import build_solver, draw, load_model, requested
+from train.core.sampling import check_sampling, draw, load_model, requested
 from train.core.writers import Writer, build_writers, check_writers
 
 
@@ -66,7 +66,7 @@ def run(fn: Callable[[], Any]) -> int:
             os._exit(1)  # an orderly end would wait for the process that is gone
         print(f"\nerror: {reason}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0
@@ -196,7 +196,11 @@ def check(config: RunConfig) -> None:
             configuration that contradicts the run in the directory.
     """
     config.check()
-    build_solver(config.evaluation)
+    check_sampling(config.evaluation)
+    run_dir = Path(config.run_dir)
+    for path in (run_dir, run_dir / "checkpoints"):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"`run_dir` must be a directory, got the file {path}.")
     check_writers(config.writers)
     mesh = build_mesh(config)
     count = mesh.size // mesh.shape["tensor"]

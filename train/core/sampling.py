@@ -50,6 +50,22 @@ def build_solver(settings: SamplingConfig) -> Any:
     return kind(**options)
 
 
+def check_sampling(settings: SamplingConfig) -> None:
+    """Refuse what a solver cannot do, before any work.
+
+    Raises:
+        ValueError: for an option that the solver does not have, or fewer steps than its order.
+    """
+    solver = build_solver(settings)
+    order = getattr(solver, "order", 1)
+    multistep = isinstance(solver, solvers.DPMSolverMultistep | solvers.UniPC | solvers.DEIS)
+    if multistep and settings.sampling_steps < order:
+        raise ValueError(
+            f"`sampling_steps` must be at least the order of {settings.solver!r}, {order}, got "
+            f"{settings.sampling_steps}."
+        )
+
+
 def build_times(settings: SamplingConfig, process: GaussianProcess) -> Any:
     """The grid of the settings, or the number of its steps."""
     if settings.times is None:
@@ -146,7 +162,7 @@ def changed(config: RunConfig, options: SamplingOptions) -> RunConfig:
         given = {"average": 0, "ema_width": None, **given}
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
     config.check()
-    build_solver(config.evaluation)
+    check_sampling(config.evaluation)
     return config
 
 

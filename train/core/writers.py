@@ -36,11 +36,11 @@ class JSONLines:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= first_step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):
+            except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # a line cut short by a kill
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
@@ -106,13 +106,16 @@ class WeightsAndBiases:
 
         path = run_dir / "wandb_id"
         self.image = wandb.Image
-        self.events = wandb.init(
-            dir=run_dir,
-            id=path.read_text() if path.exists() else None,
-            name=run_dir.name,
-            resume="allow",
-            config=dict(config),
-        )
+        try:
+            self.events = wandb.init(
+                dir=run_dir,
+                id=path.read_text() if path.exists() else None,
+                name=run_dir.name,
+                resume="allow",
+                config=dict(config),
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(f"`writers` cannot use wandb: {error}") from None
         path.write_text(self.events.id)
         # Their own counter refuses steps that are trained again.
         self.events.define_metric("*", step_metric="train_step")

@@ -143,6 +143,16 @@ PRESETS = {
 }
 
 
+# Values that must be at least so large.
+_LEAST = {
+    ("num_samples",): 2,
+    ("inversion_steps", "inversion_iterations", "num_values", "block", "batch_size"): 1,
+    ("num_edit_steps", "num_probes", "num_pairs", "curve_steps"): 1,
+    ("num_train",): 2,
+    ("num_labels", "chunk", "trace_probes", "geodesic_iterations", "seed"): 0,
+}
+
+
 def resolved(options: Options, size: int) -> Options:
     """The options with the preset's choices filled in.
 
@@ -155,22 +165,29 @@ def resolved(options: Options, size: int) -> Options:
     """
     name = options.preset or ("digits" if size <= 1024 else "cifar10")
     given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
-    options = dataclasses.replace(PRESETS[name], **given, preset=name)
+    options = dataclasses.replace(PRESETS[name], **{**given, "preset": name})
+    for names, least in _LEAST.items():
+        for name in names:
+            if not getattr(options, name) >= least:
+                raise ValueError(
+                    f"`{name}` must be at least {least}, got {getattr(options, name)}."
+                )
+    for name in ("cut", "edit_scale"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise ValueError(f"`{name}` must be positive, got {getattr(options, name)}.")
     for field in ("times", "edit_times", "curve_times"):
         values = getattr(options, field)
-        if not values or min(values) <= 0 or max(values) > 1:
+        if not values or not all(0 < value <= 1 for value in values):
             raise ValueError(
                 f"`{field}` must lie in (0, 1], 0 being data and 1 noise, got {values}. They are "
                 "fractions of the process's grid."
             )
-    if options.num_samples < 2:
-        raise ValueError(f"`num_samples` must be at least 2 to compare, got {options.num_samples}.")
     limits = {
+        "rank": "num_values",
         "edit_samples": "num_samples",
         "label_samples": "num_samples",
         "structure_samples": "num_samples",
         "num_directions": "rank",
-        "rank": "num_values",
     }
     for small, large in limits.items():
         low, high = getattr(options, small), getattr(options, large)
