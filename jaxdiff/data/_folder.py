@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxdiff._checks import check_count
 from jaxdiff.data._images import as_viewed, open_image, pixels_of
 from jaxdiff.data._sources import ArraySource, array_source, check_exists, from_bytes, require
 
@@ -136,12 +137,19 @@ def image_folder(
         raise ValueError(f"`mode` must be 'L', 'RGB' or None, got {mode!r}.")
     if crop not in ("center", "none"):
         raise ValueError(f"`crop` must be 'center' or 'none', got {crop!r}.")
+    if resize is not None and np.ndim(resize) == 0:
+        resize = check_count("resize", resize)
     size: Any = (resize, resize) if np.ndim(resize or 0) == 0 and resize is not None else resize
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(
             f"`resize` must be a positive side in pixels, (height, width) or None, got {resize!r}."
         )
-    ImageColor.getrgb(background)  # a name that Pillow does not know is refused here
+    try:
+        ImageColor.getrgb(background)
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(
+            f"`background` must be the name of a colour or '#rrggbb', got {background!r}."
+        ) from None
     transform = _Transform(size, crop, mode, background)
     root = check_exists(path)
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not _hidden(entry))

@@ -33,9 +33,11 @@ def open_image(data: bytes, name: str) -> Any:
             return image
     # Pillow's decoders raise SyntaxError for a broken PNG chunk and EOFError for missing frames.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        known = not isinstance(error, Image.UnidentifiedImageError)  # which tells of a buffer
+        reason = f" ({error})" if known else ""
         raise ValueError(
-            f"{name} must be an encoded image, got {len(data)} bytes that cannot be decoded "
-            f"({error}). Replace it or remove it."
+            f"{name} must be an encoded image, got {len(data)} bytes that cannot be decoded"
+            f"{reason}. Replace it or remove it."
         ) from None
 
 

@@ -43,6 +43,14 @@ def npz(path, split: str | None = None, *, num_classes: int | None = None) -> Ar
     if (parts["_test"] is None) == (split is not None):
         has = "no `x_test`" if split is not None else "a test set, `x_test`"
         raise ValueError(f"`split` must fit {str(path)!r}, which has {has}, got {split!r}.")
+    for end, part in parts.items():
+        if part is not None and len(part[0]) == 0:
+            raise ValueError(f"`x{end}` of {str(path)!r} must hold examples, got none.")
+    if parts["_test"] is not None and (parts[""][1] is None) != (parts["_test"][1] is None):
+        raise ValueError(
+            f"{str(path)!r} must hold conditions of both `x` and `x_test`, or of neither, got "
+            f"{names}. {_HOW}"
+        )
     used = {name for part in parts.values() if part is not None for name in part[2]}
     unknown = [name for name in names if name not in used and name != "class_names"]
     if unknown:

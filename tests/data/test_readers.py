@@ -283,7 +283,7 @@ def test_image_folder_rejects(tmp_path):
         image_folder(tmp_path, resize=0)
     with pytest.raises(ValueError, match="`crop` must be"):
         image_folder(tmp_path, crop="random")
-    with pytest.raises(ValueError, match="color"):
+    with pytest.raises(ValueError, match="colour"):
         image_folder(tmp_path, background="nonsense")
     save(tmp_path / "b/1.png", pixels(4, 4, 3))
     save(tmp_path / "loose.png", pixels(4, 4, 3))

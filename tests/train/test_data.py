@@ -251,6 +251,7 @@ def test_captions_are_trained_sampled_and_measured(tmp_path, capsys):
     assert all(0 <= numbers[name] <= 1 for name in ("size", "colour", "place"))
     # Real images show what their captions say; this is measured, too.
     assert all(numbers[f"{name}_floor"] == 1 for name in ("size", "colour", "place"))
+    assert 0 <= numbers["digit"] <= 1 and numbers["digit_floor"] > 0.8
     assert "colour as the caption says" in capsys.readouterr().out
     options = sample.Options(str(tmp_path), num_samples=4, prompts=("large red three", "left"))
     sample.main(options)

@@ -17,7 +17,7 @@ SolverName = Literal[
 ]
 TimesName = Literal["uniform", "log_snr", "karras", "polyexponential", "quadratic"]
 MetricName = Literal[
-    *("accuracy", "frechet", "sliced_wasserstein", "mmd2", "size", "colour", "place"),
+    *("accuracy", "frechet", "sliced_wasserstein", "mmd2", "size", "colour", "place", "digit"),
 ]
 WriterName = Literal["tensorboard", "wandb"]
 T = TypeVar("T", bound="RunConfig")

@@ -95,7 +95,13 @@ class DataInfo:
     def from_json(cls, value: dict[str, Any]) -> "DataInfo":
         """What `dataclasses.asdict` gave, through JSON."""
         value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        return cls(**value | {"cond": {k: tuple(v) for k, v in value["cond"].items()}})
+        try:
+            return cls(**value | {"cond": {k: tuple(v) for k, v in value["cond"].items()}})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`run_dir` must be a run of a recipe, whose model.json tells of its data, got one "
+                f"without {error}. Use load_run in Python."
+            ) from None
 
     @property
     def null_cond(self) -> Any:

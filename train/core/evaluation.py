@@ -169,6 +169,37 @@ class PromptAttribute:
         return share, float(np.sqrt(share * (1 - share) / rows.sum()))
 
 
+class PromptDigit:
+    """The share of coloured digits that are the one their captions say, of those that say one.
+
+    Told by the nearest of real training images, digits in grey: what it makes of held-out ones is
+    the floor.
+
+    Args:
+        source: training images of the world of captions.
+    """
+
+    def __init__(self, source: Source):
+        examples = source[np.arange(0, len(source), 2)]
+        said = np.asarray(examples["cond"]["tokens"])[:, 2]
+        known = said < len(data.PROMPT_WORDS)
+        self.pixels, self.said = self._pixels(examples["x"])[known], said[known]
+
+    @staticmethod
+    def _pixels(x) -> np.ndarray:
+        return data.prompt_attributes(np.asarray(x)).digit_pixels.reshape(len(x), -1)
+
+    def __call__(self, samples: Batch, reference: Batch) -> tuple[float, float]:
+        """The share and its standard error."""
+        said = np.asarray(samples["cond"]["tokens"])[:, 2]
+        rows = said < len(data.PROMPT_WORDS)
+        pixels = self._pixels(samples["x"])[rows]
+        # |a - b|^2 without |a|^2, which the nearest does not depend on.
+        apart = (self.pixels**2).sum(1) - 2 * pixels @ self.pixels.T
+        share = float(np.mean(self.said[apart.argmin(1)] == said[rows]))
+        return share, float(np.sqrt(share * (1 - share) / rows.sum()))
+
+
 def suitable(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[str, ...]:
     """Names of the metrics that can be taken of such data, held-out examples counted."""
     shape = info.event_shape
@@ -179,7 +210,7 @@ def suitable(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[st
         *(("accuracy", "frechet") if classes and pairs else ()),
         "sliced_wasserstein",
         *(("mmd2",) if pairs else ()),
-        *(("size", "colour", "place") if info.words == data.PROMPT_WORDS else ()),
+        *(("size", "colour", "place", "digit") if info.words == data.PROMPT_WORDS else ()),
     )
 
 
@@ -205,6 +236,8 @@ def build_metrics(
     names = settings.metrics or suitable(info, settings, count)
     found: dict[str, Metric] = {"sliced_wasserstein": sliced_wasserstein, "mmd2": mmd2}
     found |= {name: PromptAttribute(name) for name in ("size", "colour", "place")}
+    if "digit" in names:
+        found["digit"] = PromptDigit(source)
     if {"accuracy", "frechet"} & set(names):
         classifier = load_classifier(config, source, mesh)
         found |= {
@@ -220,7 +253,10 @@ _TITLES = {
     "frechet": ("Frechet distance", "{:.3f}"),
     "sliced_wasserstein": ("sliced Wasserstein distance", "{:.4f}"),
     "mmd2": ("squared MMD", "{:.5f}"),
-    **{name: (f"{name} as the caption says", "{:.1%}") for name in ("size", "colour", "place")},
+    **{
+        name: (f"{name} as the caption says", "{:.1%}")
+        for name in ("size", "colour", "place", "digit")
+    },
 }
 
 
