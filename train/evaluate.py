@@ -16,6 +16,7 @@ from train.core.data import DataInfo, build_sources
 from train.core.evaluation import check_metrics, evaluate
 from train.core.runner import run
 from train.core.sampling import SamplingOptions, changed, load_model
+from train.core.sampling import guided as guided
 
 
 @dataclasses.dataclass(frozen=True)
