@@ -43,7 +43,8 @@ def check_cond(cond: PyTree, num_samples: int) -> None:
     Raises:
         ValueError: if a leaf lacks the leading axis.
     """
-    if isinstance(cond, list | tuple) and cond and all(np.ndim(entry) == 0 for entry in cond):
+    numbers = (int, float, np.number)
+    if isinstance(cond, list | tuple) and cond and all(isinstance(c, numbers) for c in cond):
         raise TypeError(f"`cond` must be an array, got {cond!r:.60}. Pass jnp.asarray of it.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_samples:
