@@ -150,6 +150,14 @@ def mmd2(samples: Batch, reference: Batch, count: int = 1000) -> Array:
     return metrics.mmd2_unbiased(x, y, metrics.RBF(metrics.median_bandwidth(x, y)))
 
 
+def _share(hits: np.ndarray) -> tuple[float, float]:
+    """The share that is true, and its binomial standard error; NaN of none at all."""
+    if not len(hits):
+        return float("nan"), float("nan")
+    share = float(np.mean(hits))
+    return share, float(np.sqrt(share * (1 - share) / len(hits)))
+
+
 class PromptAttribute:
     """The share of coloured digits that show what their captions say, of those that say it.
 
@@ -165,8 +173,7 @@ class PromptAttribute:
         said = np.asarray(samples["cond"]["tokens"])[:, self.column]
         shown = getattr(data.prompt_attributes(np.asarray(samples["x"])), self.name)
         rows = said < len(data.PROMPT_WORDS)
-        share = float(np.mean(shown[rows] == said[rows]))
-        return share, float(np.sqrt(share * (1 - share) / rows.sum()))
+        return _share(shown[rows] == said[rows])
 
 
 class PromptDigit:
@@ -196,8 +203,7 @@ class PromptDigit:
         pixels = self._pixels(samples["x"])[rows]
         # |a - b|^2 without |a|^2, which the nearest does not depend on.
         apart = (self.pixels**2).sum(1) - 2 * pixels @ self.pixels.T
-        share = float(np.mean(self.said[apart.argmin(1)] == said[rows]))
-        return share, float(np.sqrt(share * (1 - share) / rows.sum()))
+        return _share(self.said[apart.argmin(1)] == said[rows])
 
 
 def suitable(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[str, ...]:
