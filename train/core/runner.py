@@ -58,8 +58,8 @@ def run(fn: Callable[[], Any]) -> int:
         reason = (str(error).splitlines() or [""])[0]
         if jax.process_count() > 1:
             print(
-                f"\nerror: {reason}. This ends all processes, or another one has ended: start all of "
-                "them again, and the same command goes on from the last checkpoint.",
+                f"\nerror: {reason}. This ends all processes, or another one has ended: start all "
+                "of them again, and the same command goes on from the last checkpoint.",
                 file=sys.stderr,
                 flush=True,
             )
