@@ -6,6 +6,7 @@ over fsdp and tensor. Where weights are used, those split over fsdp are gathered
 split over tensor stays so.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.custom_derivatives import linear_call
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+MIN_SIZE = 2**12
+"""Smaller arrays are not worth splitting."""
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 """Pairs of a regular expression, searched in the path of an array, and the mesh axis of each of its
 last dimensions, e.g. `("first/kernel$", (None, "tensor"))`. The first that is found holds."""
@@ -212,7 +216,9 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: _put(leaf, everywhere) if eqx.is_array(leaf) else leaf, tree)
 
 
-def specs(tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int = 2**12) -> PyTree:
+def specs(
+    tree: PyTree, mesh: Mesh | AbstractMesh, *, rules: Rules = (), min_size: int = MIN_SIZE
+) -> PyTree:
     """How arrays are split over a mesh, by their paths and shapes alone.
 
     The first rule whose pattern is found in an array's path gives the axes of its last dimensions,
@@ -256,12 +262,15 @@ def path_of(path: tuple) -> str:
     return keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
-def shard_params(tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int = 2**12) -> PyTree:
+def shard_params(
+    tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int = MIN_SIZE
+) -> PyTree:
     """Split arrays over the mesh as `specs` says, and replicate the rest.
 
     Args:
         tree: weights, or of a whole run `TrainState.unpack()`, which `TrainState.pack` packs
-            again; arrays of any shape, typed keys included, the same in every process.
+            again; arrays of any shape, typed keys included, the same in every process. Or their
+            `jax.ShapeDtypeStruct`s, which are told where they belong.
         mesh: the mesh.
         rules: as in `specs`.
         min_size: as in `specs`.
@@ -277,7 +286,7 @@ def shard_params(tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int =
     return jax.tree.map(place, tree, chosen)
 
 
-def table(tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int = 2**12) -> str:
+def table(tree: PyTree, mesh: Mesh, *, rules: Rules = (), min_size: int = MIN_SIZE) -> str:
     """What `specs` does, as text: path, shape, how it is split, and bytes on each device.
 
     Args:
@@ -317,8 +326,10 @@ def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """`jax.device_put`, which takes typed keys within a process only."""
+def _put(leaf: Any, sharding: NamedSharding) -> Any:
+    """`jax.device_put`, which takes typed keys within a process only; shapes say where they are."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(sharding=sharding)
     if _is_key(leaf):
         data = jax.device_put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -374,7 +385,8 @@ def gather_weights(tree: PyTree, shardings: PyTree) -> PyTree:
     times as large.
 
     Args:
-        tree: weights of any shape, traced.
+        tree: weights of any shape, traced. Those of blocks that gather their own (`at_use`), and
+            have the attribute `gathers_itself`, stay as they are.
         shardings: of the stored weights, a tree of `NamedSharding`; other leaves say nothing.
 
     Returns:
@@ -382,24 +394,70 @@ def gather_weights(tree: PyTree, shardings: PyTree) -> PyTree:
     """
 
     def one(leaf, sharding):
-        if not isinstance(sharding, NamedSharding) or not eqx.is_inexact_array(leaf):
+        known = isinstance(sharding, NamedSharding) and eqx.is_inexact_array(leaf)
+        return _gather(leaf, sharding) if known else leaf
+
+    def gathers_itself(node):
+        return getattr(node, "gathers_itself", False)
+
+    return jax.tree.map(one, tree, shardings, is_leaf=gathers_itself)
+
+
+def at_use(
+    part: PyTree,
+    *,
+    rules: Rules = (),
+    prefix: str = "",
+    dtype: Any = None,
+    layers: int = 1,
+) -> PyTree:
+    """The weights of a part of a network, gathered where the part computes.
+
+    Inside a training step on a mesh (`on_mesh`) they become whole along fsdp, in the dtype in
+    which they are used, and their gradients are split as `specs` says. Called inside a block that
+    is recomputed in the backward pass, they are gathered again there and never kept. Elsewhere
+    they are as they are.
+
+    Args:
+        part: weights of any shape, traced; other leaves stay as they are.
+        rules: how the weights are split over tensor.
+        prefix: path of the part in the network.
+        dtype: in which matrices and filters compute; None for their own.
+        layers: how many such parts are stored in one array.
+
+    Returns:
+        The same tree.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_names) != set(AXES):
+        return part
+    min_size = -(-MIN_SIZE // layers)
+    chosen = specs({prefix: part} if prefix else part, mesh, rules=rules, min_size=min_size)
+
+    def one(leaf, spec):
+        if spec is None or "fsdp" not in spec:
             return leaf
-        whole = _without_batch_axes(sharding)
-        return leaf if whole is sharding else _gather(leaf, whole, sharding)
+        matrix = leaf.ndim > 1 and dtype is not None
+        return _gather(leaf.astype(dtype) if matrix else leaf, NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree.map(one, part, chosen[prefix] if prefix else chosen)
 
 
-def _gather(leaf: jax.Array, whole: NamedSharding, split: NamedSharding) -> jax.Array:
-    @jax.custom_vjp
-    def gather(weights):
-        return jax.lax.with_sharding_constraint(weights, whole)
+def on_mesh(shardings: PyTree) -> contextlib.AbstractContextManager:
+    """The context in which `at_use` gathers: that of the mesh of the first sharding, if any."""
+    for sharding in jax.tree.leaves(shardings):
+        return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
+    return contextlib.nullcontext()
 
-    def forward(weights):
-        return gather(weights), None
 
-    def backward(_, cotangent):
-        return (jax.lax.with_sharding_constraint(cotangent, split),)
-
-    gather.defvjp(forward, backward)
-    return gather(leaf)
+def _gather(leaf: jax.Array, split: NamedSharding) -> jax.Array:
+    """A linear map, so that both modes of differentiation pass; the sharding moves, no number."""
+    whole = _without_batch_axes(split)
+    if whole is split:
+        return leaf
+    return linear_call(
+        lambda _, weights: jax.lax.with_sharding_constraint(weights, whole),
+        lambda _, cotangent: jax.lax.with_sharding_constraint(cotangent, split),
+        (),
+        leaf,
+    )

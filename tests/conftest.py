@@ -1,8 +1,11 @@
 """Eight virtual CPU devices, so that every test may shard; float32 unless a test asks for more."""
 
+import atexit
 import collections
 import gc
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,8 +25,17 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tracing makes millions of objects that live on; looking through them for cycles takes a tenth.
 gc.set_threshold(100_000, 50, 50)
 
+# Recipes keep programs there, and tests themselves none: JAX looks for it when it is imported.
+programs = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+if programs is None:
+    programs = tempfile.mkdtemp(prefix="jaxdiff-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+
 import equinox.internal as eqxi  # noqa: E402
 import jax  # noqa: E402
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+
 import jax.numpy as jnp  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402

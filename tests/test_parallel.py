@@ -1,7 +1,9 @@
 """Meshes: placements, and the same numbers on any of them."""
 
+import dataclasses
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,16 @@ from flax import nnx
 
 import jaxdiff
 from jaxdiff import losses, networks, parallel, predictions, processes
+from jaxdiff.costs import read_program
 from jaxdiff.networks import TENSOR_RULES
-from jaxdiff.training import Player, PowerEMA, TrainState, init_train_state, make_train_step
+from jaxdiff.training import (
+    Follow,
+    Player,
+    PowerEMA,
+    TrainState,
+    init_train_state,
+    make_train_step,
+)
 
 
 def test_mesh_axes_multiply_to_the_devices():
@@ -242,3 +252,92 @@ def test_processes_and_parts():
     ):
         with pytest.raises(ValueError, match=message):
             parallel.initialize(**wrong)
+
+
+def build():
+    """A stacked network that recomputes its blocks, and a second player that follows it."""
+    network = with_random_weights(
+        lambda: networks.DiT(
+            image_size=8, patch_size=2, in_channels=1, hidden=64, depth=3, num_heads=4,
+            num_classes=3, stacked=True, remat=True, rngs=nnx.Rngs(0),
+        )
+    )  # fmt: skip
+    model = jaxdiff.NetworkDenoiser(network, processes.Cosine(), predictions.V())
+    slow = Follow("model", decay=0.9)
+    return {
+        "model": Player(model, consistent, optax.sgd(1e-2, momentum=0.9)),
+        "slow": Player(model, slow),
+    }
+
+
+def consistent(model, key, batch, frozen):
+    """A denoising loss, the derivative along time, and a distance to the other player."""
+    x, cond = batch["x"], batch["cond"]
+    times = jnp.linspace(0.2, 0.8, len(x))
+
+    def one(x, t, cond):
+        value, slope = jax.jvp(lambda x, t: model(x, t, cond), (x, t), (x, jnp.ones(())))
+        return (value - x) ** 2 + 0.1 * slope**2 + (value - frozen["slow"](x, t, cond)) ** 2
+
+    del key
+    return jnp.mean(jax.vmap(one)(x, times, cond)), {}
+
+
+def examples(mesh=None):
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.normal(size=(8, 8, 8, 1)).astype(np.float32), "cond": np.arange(8) % 3}
+    return batch if mesh is None else parallel.shard_batch(batch, mesh)
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_players_are_made_in_parts_and_train_the_same(axes):
+    """Never whole on one device; forward derivatives and following players pass the gathers."""
+    mesh, key = parallel.make_mesh(axes[0], fsdp=axes[1], tensor=axes[2]), jax.random.key(0)
+    state = init_train_state(build, key, mesh=mesh, rules=TENSOR_RULES)
+    expected = init_train_state(build(), key)
+    chosen = parallel.specs(state.unpack(), mesh, rules=TENSOR_RULES)
+    for mine, hers in zip(state.arrays, expected.arrays, strict=True):
+        np.testing.assert_array_equal(mine, hers)
+    placed = parallel.shard_params(expected.unpack(), mesh, rules=TENSOR_RULES)
+    assert parallel.specs(placed, mesh, rules=TENSOR_RULES) == chosen
+    for mine, hers in zip(state.arrays, TrainState.pack(**placed).arrays, strict=True):
+        assert mine.sharding.is_equivalent_to(hers.sharding, mine.ndim)
+    step, whole = make_train_step(eqx.filter_eval_shape(build)), make_train_step(build())
+    for _ in range(2):
+        state, metrics = step(state, examples(mesh))
+        expected, hers = whole(expected, examples())
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, hers[name], rtol=1e-5)
+    for mine, hers in zip(state.arrays, expected.arrays, strict=True):
+        np.testing.assert_allclose(mine, hers, rtol=1e-4, atol=2e-6)
+
+
+def test_blocks_gather_their_weights_where_they_compute_and_nothing_else_moves():
+    """Once forward, once where they are computed again; the program comes from shapes alone."""
+    mesh, key = parallel.make_mesh(data=1, fsdp=8), jax.random.key(0)
+
+    def pretraining():
+        return {"model": dataclasses.replace(build()["model"], loss=losses.DenoisingLoss())}
+
+    players = eqx.filter_eval_shape(pretraining)
+    shapes = eqx.filter_eval_shape(init_train_state, players, key).unpack()
+    state = TrainState.pack(**parallel.shard_params(shapes, mesh))
+    step = make_train_step(players)
+    lowered = step.lower(state, examples(mesh))
+    arrays = init_train_state(pretraining, key, mesh=mesh)
+    assert lowered.as_text() == step.lower(arrays, examples(mesh)).as_text()
+
+    network = players["model"].model.network
+    split = parallel.specs(network, mesh)
+    blocks = zip(jax.tree.leaves(network.blocks), jax.tree.leaves(split.blocks), strict=True)
+    weights = sum(4 * leaf.size for leaf, spec in blocks if "fsdp" in spec)
+    found = read_program(lowered.compile().as_text()).collectives
+    looped = sum(c.bytes * c.times for c in found if c.kind == "all-gather" and c.in_loop)
+    assert looped == 2 * weights
+    assert {c.times for c in found if c.kind == "all-gather" and c.in_loop} == {3}
+    own = {4 * leaf.size // 3 for leaf in jax.tree.leaves(network.blocks)}
+    assert {c.bytes for c in found if c.kind == "all-gather" and c.in_loop} <= own
+    outside = sum(c.bytes for c in found if c.kind == "all-gather" and not c.in_loop)
+    rest = sum(4 * leaf.size for leaf in jax.tree.leaves(network)) - weights
+    assert outside <= rest
+    assert not any(c.kind == "all-to-all" for c in found)

@@ -22,14 +22,14 @@ def main(config: recipe.Config) -> TrainState:
     """Train, or go on training, and evaluate."""
     runner.check(config)
     source, held_out = build_sources(config.data)
-    player = recipe.build_player(config, DataInfo.of(source))
+    info = DataInfo.of(source)
     return runner.train(
         config,
-        {"model": player},
+        lambda: {"model": recipe.build_player(config, info)},
         source,
         held_out,
         sampled="model",
-        held_out_loss=player.loss,
+        held_out_loss=recipe.build_loss(config, info),
     )
 
 

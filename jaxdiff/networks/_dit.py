@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff.networks._layers import (
     Attention,
+    Block,
     ConditionEmbedding,
     Network,
     arguments_of,
@@ -47,7 +48,7 @@ def position_embedding(height: int, width: int, size: int, dtype: Any = jnp.floa
     return jnp.concatenate([encode(rows), encode(columns)], axis=-1).astype(dtype)
 
 
-class DiTBlock(nnx.Module):
+class DiTBlock(Block):
     """Attention and MLP, each normalised, shifted, scaled and gated by the embedding.
 
     With a context, attention to its tokens comes in between, without modulation.
@@ -224,6 +225,7 @@ class DiT(Network):
         if self.stacked:
 
             def layer(tap, block, h, i):
+                block = self.at_use(block, "blocks", self.depth)
                 return block(tap, "", h, emb, fold(key, i), tokens, token_mask)
 
             h = tap.scan(layer, self.blocks, h, prefix="block", remat=self.remat)
@@ -231,6 +233,7 @@ class DiT(Network):
             for i, block in enumerate(self.blocks):
 
                 def run(tap, block, h, emb, key, i=i):
+                    block = self.at_use(block, "blocks")
                     return block(tap, f"block.{i}", h, emb, key, tokens, token_mask)
 
                 h = tap.run(run, block, h, emb, fold(key, i), remat=self.remat)

@@ -13,6 +13,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_number
 from jaxdiff._tree import is_known
 from jaxdiff.conditions import LABEL, as_entries, check_labels, check_taken
+from jaxdiff.networks._rules import TENSOR_RULES
+from jaxdiff.parallel import at_use
 from jaxdiff.taps import Tap
 
 zeros = nnx.initializers.zeros_init()
@@ -214,6 +216,15 @@ class Attention(nnx.Module):
         return tap(name, self.out(mixed))
 
 
+class Block(nnx.Module):
+    """Base of the parts of a network that are run, and perhaps recomputed, one after another.
+
+    On a mesh, training steps leave it to the network to gather their weights: `Network.at_use`.
+    """
+
+    gathers_itself = True
+
+
 def with_attention(network: nnx.Module, implementation: str) -> nnx.Module:
     """The same network with another implementation of attention, see `attend`.
 
@@ -223,14 +234,31 @@ def with_attention(network: nnx.Module, implementation: str) -> nnx.Module:
         raise ValueError(
             f"`implementation` must be one of {', '.join(ATTENTION)}, got {implementation!r}."
         )
-    copy = nnx.merge(*nnx.split(network))
+    return _changed(network, Attention, "implementation", "attention", implementation)
+
+
+def without_remat(tree: PyTree) -> PyTree:
+    """The same networks, wherever they are in a tree, that recompute nothing."""
+
+    def one(node):
+        return _changed(node, Network, "remat", "remat", False) if _is_network(node) else node
+
+    return jax.tree.map(one, tree, is_leaf=_is_network)
+
+
+def _is_network(node: Any) -> bool:
+    return isinstance(node, Network)
+
+
+def _changed(network: nnx.Module, kind: type, field: str, argument: str, value: Any) -> nnx.Module:
+    """A copy, the field changed in all its modules of a kind, and the argument that says so."""
+    copy = jax.tree.map(lambda leaf: leaf, network)
     for _, module in nnx.iter_graph(copy):
-        if isinstance(module, Attention):
-            module.implementation = implementation
+        if isinstance(module, kind):
+            setattr(module, field, value)
         if isinstance(module, Network):
             module.arguments = tuple(
-                (name, implementation if name == "attention" else value)
-                for name, value in module.arguments
+                (name, value if name == argument else given) for name, given in module.arguments
             )
     return copy
 
@@ -409,6 +437,11 @@ class Network(nnx.Module):
         token_mask: Array | None,
     ) -> Array:
         """The output for one checked example, in any dtype."""
+
+    def at_use(self, block: Block, prefix: str = "", layers: int = 1) -> Block:
+        """A block with its weights gathered, inside what is recomputed; see `parallel.at_use`."""
+        dtype = dict(self.arguments)["dtype"]
+        return at_use(block, rules=TENSOR_RULES, prefix=prefix, dtype=dtype, layers=layers)
 
     def check_cond(self, cond: PyTree) -> None:
         """Reject labels and words, of a batch or one example, that are known to be none.

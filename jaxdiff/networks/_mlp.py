@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff.networks._layers import (
+    Block,
     ConditionEmbedding,
     Network,
     arguments_of,
@@ -20,7 +21,7 @@ from jaxdiff.networks._layers import (
 from jaxdiff.taps import Tap
 
 
-class MLPBlock(nnx.Module):
+class MLPBlock(Block):
     """h + Linear(SiLU(Linear(scale * norm(h) + shift))), modulated by the embedding."""
 
     def __init__(self, hidden: int, rate: float, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
@@ -109,7 +110,7 @@ class MLP(Network):
         for i, block in enumerate(self.blocks):
 
             def run(tap, block, h, emb, key, i=i):
-                return tap(f"block.{i}", block(h, emb, key))
+                return tap(f"block.{i}", self.at_use(block, "blocks")(h, emb, key))
 
             h = tap.run(run, block, h, emb, fold(key, i), remat=self.remat)
         return self.last(nnx.silu(self.norm(h)))

@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff.networks._layers import (
     Attention,
+    Block,
     ConditionEmbedding,
     Network,
     arguments_of,
@@ -146,7 +147,7 @@ class AttentionBlock(nnx.Module):
         return x
 
 
-class Stage(nnx.Module):
+class Stage(Block):
     """A residual block, perhaps followed by attention; or a plain resampling convolution."""
 
     def __init__(self, block: ResBlock | nnx.Conv, attention: AttentionBlock | None = None):
@@ -355,7 +356,7 @@ class UNet(Network):
             count += 1
 
             def call(tap, stage, h, emb, key):
-                return stage(tap, name, h, emb, key, tokens, token_mask)
+                return self.at_use(stage)(tap, name, h, emb, key, tokens, token_mask)
 
             return tap.run(call, stage, h, emb, fold(key, count), remat=self.remat)
 

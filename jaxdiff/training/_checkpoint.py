@@ -11,6 +11,7 @@ import platform
 import shutil
 import warnings
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class CheckpointStore:
         check_count("keep", keep)
         self.directory = Path(directory).absolute()
         self.keep = keep
+        self._writing: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -109,20 +111,33 @@ class CheckpointStore:
             if p.name.isdigit() and (p / MANIFEST).is_file()
         )
 
-    def save(self, state: PyTree, *, step: int, data_state: Any = None, config: Any = None) -> None:
+    def save(
+        self,
+        state: PyTree,
+        *,
+        step: int,
+        data_state: Any = None,
+        config: Any = None,
+        wait: bool = True,
+    ) -> None:
         """Write a checkpoint, in place of one of the same step.
 
-        Of the checkpoints up to `step` the newest `keep` stay.
+        Of the checkpoints up to `step` the newest `keep` stay. One that is still being written is
+        finished first.
 
         Args:
             state: any pytree; its arrays are written, typed keys included.
             step: number of the checkpoint.
             data_state: what the data iterator's `get_state` returned; JSON.
             config: configuration of the run; JSON.
+            wait: until it is complete. Else only until the arrays are copied, so that the caller
+                may donate them; the rest is written meanwhile, and `wait` waits for it.
 
         Raises:
-            CheckpointError: if it could not be written. Earlier checkpoints are intact.
+            CheckpointError: if it, or the one before, could not be written. Earlier checkpoints
+                are intact.
         """
+        self.wait()
         step = check_count("step", step, least=0)
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"`directory` must be a directory, got a file, {self.directory}.")
@@ -137,23 +152,49 @@ class CheckpointStore:
         args = ocp.args.Composite(
             arrays=ocp.args.PyTreeSave(list(leaves.values())), meta=ocp.args.JsonSave(meta)
         )
-        first = is_first()  # Orbax writes from every process; names are for one
         unfinished = self.directory / f"{step}{UNFINISHED}"
-        try:
-            if first:
-                self._remove_unfinished()
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                checkpointer.save(unfinished, args=args)
-            if first:
+
+        def finish(writer: ocp.AsyncCheckpointer) -> None:
+            writer.wait_until_finished()
+            writer.close()
+            if is_first():  # Orbax writes from every process; names are for one
                 write_json(unfinished / MANIFEST, _checksums(unfinished))
                 self._finish(unfinished, step)
+
+        try:
+            if is_first():
+                self._remove_unfinished()
+            writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            writer.save(unfinished, args=args)
+        except (OSError, ValueError, RuntimeError) as error:
+            self._refuse(step, error)
+        thread = ThreadPoolExecutor(1)
+        self._writing = (step, thread.submit(finish, writer))
+        thread.shutdown(wait=False)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written, if any, is complete.
+
+        Raises:
+            CheckpointError: if it could not be written. Earlier checkpoints are intact.
+        """
+        if self._writing is None:
+            return
+        (step, writing), self._writing = self._writing, None
+        try:
+            writing.result()
             wait_for_all("checkpoint has its name")
         except (OSError, ValueError, RuntimeError) as error:
-            self._remove_unfinished()
-            raise CheckpointError(
-                f"Could not write checkpoint {step} to {self.directory}: {_reason(error)}. Check "
-                f"free space and permissions; earlier checkpoints {self.steps()} are intact."
-            ) from None
+            self._refuse(step, error)
+
+    def _refuse(self, step: int, error: Exception) -> None:
+        self._remove_unfinished()
+        raise CheckpointError(
+            f"Could not write checkpoint {step} to {self.directory}: {_reason(error)}. Check "
+            f"free space and permissions; earlier checkpoints {self.steps()} are intact."
+        ) from None
 
     def _remove_unfinished(self) -> None:
         """Remove what a killed or failed save left behind."""

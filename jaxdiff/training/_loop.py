@@ -85,6 +85,16 @@ def _signals(received: list[int]):
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _finishing(store: CheckpointStore | None):
+    """However training ends, what is being written is complete before it does."""
+    try:
+        yield
+    finally:
+        if store is not None:
+            store.wait()
+
+
 def _refuse(name: str, value: str, step: int, store: CheckpointStore | None) -> None:
     good = store.steps()[-1:] if store else []
     last = f"checkpoint {good[0]} in {store.directory}" if store and good else "none yet"
@@ -241,9 +251,11 @@ def fit(
     def save():
         if store is not None:
             _check_weights(state, index, store)
-            store.save(state.unpack(), step=index, data_state=batches.get_state(), config=config)
+            position = batches.get_state()
+            parts = state.unpack()
+            store.save(parts, step=index, data_state=position, config=config, wait=False)
 
-    with _signals(received):
+    with _signals(received), _finishing(store):
         while index < num_steps:
             batch = _next(batches, index, num_steps)
             _check_batch(checks, batch, index == begun)
@@ -270,6 +282,8 @@ def fit(
                 save()
             for hook in due:
                 if not hook.before_checkpoint:
+                    if saving and store is not None:
+                        store.wait()
                     ends |= hook.call(index, state, means) is True
             stop = list(received)  # perhaps during a hook or the save
             if (stop or ends) and not saving:

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import (
@@ -21,7 +21,9 @@ from jaxdiff._checks import (
     check_scalars,
 )
 from jaxdiff._tree import Number, number, traced_floats
-from jaxdiff.parallel import gather_weights
+from jaxdiff.costs import flops_of
+from jaxdiff.networks import without_remat
+from jaxdiff.parallel import MIN_SIZE, Rules, gather_weights, on_mesh, shard_params
 from jaxdiff.training._ema import EMA
 
 # The key that players share is folded in here, far from their numbers.
@@ -219,8 +221,8 @@ class TrainState(eqx.Module):
     ) -> "TrainState":
         """The state of these parts."""
         leaves, structure = jax.tree.flatten(players)
-        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
-        rest = tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves)
+        arrays = [leaf for leaf in leaves if _is_arraylike(leaf)]
+        rest = tuple(None if _is_arraylike(leaf) else leaf for leaf in leaves)
         return cls(step, key, arrays, structure, rest)
 
     @property
@@ -235,12 +237,25 @@ class TrainState(eqx.Module):
         return {"step": self.step, "key": self.key, "players": self.players}
 
 
-def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainState:
+def init_train_state(
+    players: dict[str, Player] | Callable[[], dict[str, Player]],
+    key: PRNGKeyArray,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+    min_size: int = MIN_SIZE,
+) -> TrainState:
     """The state before the first step. Copies the models, since training donates its state.
 
     Args:
-        players: by name.
+        players: by name; or a function that makes them. On a mesh that function is compiled, and
+            each device makes its own part: nothing is ever whole on one. `make_train_step` then
+            takes `equinox.filter_eval_shape(players)`, which has shapes alone.
         key: typed PRNG key, a scalar, of which every step has its own.
+        mesh: the devices over which the state is split, see `parallel.shard_params`; None for
+            one device.
+        rules: likewise.
+        min_size: likewise.
 
     Returns:
         A `TrainState` at step 0.
@@ -250,10 +265,24 @@ def init_train_state(players: dict[str, Player], key: PRNGKeyArray) -> TrainStat
         ValueError: for a player that has nothing to learn.
     """
     check_key(key)
-    check_players(players)
-    states = {name: _init_player(name, player) for name, player in players.items()}
-    state = TrainState.pack(step=jnp.zeros((), jnp.int32), key=key, players=states)
-    return jax.tree.map(jnp.array, state)
+
+    def make() -> TrainState:
+        found = players() if callable(players) else players
+        check_players(found)
+        states = {name: _init_player(name, player) for name, player in found.items()}
+        state = TrainState.pack(step=jnp.zeros((), jnp.int32), key=key, players=states)
+        return jax.tree.map(jnp.array, state)
+
+    options: dict[str, Any] = {"rules": rules, "min_size": min_size}
+    if mesh is None:
+        return make()
+    if not callable(players):
+        return TrainState.pack(**shard_params(make().unpack(), mesh, **options))
+    shapes = eqx.filter_eval_shape(make)
+    shapes = TrainState.pack(**shard_params(shapes.unpack(), mesh, **options))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, jax.tree.leaves(shapes))
+    leaves = jax.jit(lambda: jax.tree.leaves(make()), out_shardings=placed)()
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def check_players(players: Any) -> None:
@@ -511,48 +540,122 @@ def _as_before(name: str, what: str, old: PyTree, new: PyTree) -> PyTree:
     return jax.tree.map(cast, old, new)
 
 
-def make_train_step(
-    players: dict[str, Player],
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+class TrainStep:
+    """A compiled training step; see `make_train_step`."""
+
+    def __init__(self, players: dict[str, Player]):
+        check_players(players)
+
+        # Pairs, since a dict is rebuilt in the order of its keys.
+        def rule(player: Player) -> Player:
+            check_scalars(player.loss, player.ema)
+            numbers = traced_floats((player.loss, player.ema, player.every))
+            loss, ema, every = numbers
+            mask = jax.tree.map(jnp.asarray, player.mask)
+            return dataclasses.replace(
+                player, model=None, loss=loss, ema=ema, every=every, mask=mask
+            )
+
+        self._rules = [(name, rule(player)) for name, player in players.items()]
+
+    def __call__(
+        self, state: TrainState, batch: PyTree, constants: dict[str, PyTree] | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The next state, and metrics.
+
+        Args:
+            state: donated.
+            batch: a tree of arrays with a leading axis of examples.
+            constants: models and numbers that losses find in `frozen` by name.
+        """
+        after, metrics = _run(*self._arguments(state, batch, constants))
+        # Only what the compiled program returns is rebuilt; its structure never changes, so that
+        # keeping the first one's makes later comparisons of structures a comparison of identity.
+        kept = dataclasses.replace(after, structure=state.structure, rest=state.rest)
+        return kept, metrics
+
+    def lower(
+        self,
+        state: TrainState,
+        batch: PyTree,
+        constants: dict[str, PyTree] | None = None,
+        *,
+        platform: str | None = None,
+    ) -> jax.stages.Lowered:
+        """The program of these shapes and placements, not run: to read, to compile, to measure.
+
+        Args:
+            state: arrays, or their `jax.ShapeDtypeStruct`s, as of `jax.eval_shape` and
+                `parallel.shard_params`.
+            batch: likewise.
+            constants: likewise.
+            platform: for which the program is, "tpu" say; None for this machine's.
+        """
+        static, state, arrays, batch = self._arguments(state, batch, constants)
+        traced = _run.trace(static, state, jax.tree.map(_shape_of, arrays), batch)
+        return traced.lower(lowering_platforms=None if platform is None else (platform,))
+
+    def flops(
+        self, state: TrainState, batch: PyTree, constants: dict[str, PyTree] | None = None
+    ) -> int:
+        """Floating-point operations of a step on all devices, without those it does twice.
+
+        What blocks recompute in the backward pass (`remat`) is no use to the model, and left out.
+
+        Args:
+            state: arrays or shapes.
+            batch: likewise.
+            constants: likewise.
+        """
+        kept = without_remat(state.players)
+        state = TrainState.pack(step=state.step, key=state.key, players=kept)
+        return flops_of(_run.trace(*self._arguments(state, batch, constants)).jaxpr)
+
+    def _arguments(self, state, batch, constants):
+        tree = (self._rules, traced_floats(constants or {}))
+        arrays, rest = eqx.partition(tree, _is_arraylike)
+        leaves, structure = jax.tree.flatten(rest)
+        return (structure, tuple(leaves), placement(state)), state, arrays, batch
+
+
+def _is_arraylike(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """An array's shape; its placement only if it is on a mesh, and not just on this machine."""
+    on_mesh = isinstance(leaf.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct(
+        leaf.shape,
+        leaf.dtype,
+        sharding=leaf.sharding if on_mesh else None,
+        weak_type=leaf.weak_type,
+    )
+
+
+def make_train_step(players: dict[str, Player]) -> TrainStep:
     """One compiled training step over all players.
 
     `step(state, batch, constants=None) -> (state, metrics)`. Pure; `state` is donated, so keep
     only the returned one. Models, losses' numbers, masks, batch and constants are all arguments of
     the program: new values never recompile it. Its randomness is `fold_in(state.key, state.step)`.
+    `step.lower` makes the program from shapes alone.
 
     Players are updated in the order given, each seeing the current models of the others, those
     before it already updated. Metrics are the loss, the norm of its gradient and the loss's own,
     named "player/metric" if there are several players. A player that rests at some steps also
     reports "updated", 1 or 0, and zeros where it is 0.
 
+    A state on a mesh stays where it is, leaf by leaf, and so does the next one; weights split over
+    fsdp are gathered where they are used.
+
     Args:
         players: `{name: Player}`, the ones `init_train_state` was given.
     """
-    check_players(players)
-
-    # Pairs, since a dict is rebuilt in the order of its keys.
-    def rule(player: Player) -> Player:
-        check_scalars(player.loss, player.ema)
-        numbers = traced_floats((player.loss, player.ema, player.every))
-        loss, ema, every = numbers
-        mask = jax.tree.map(jnp.asarray, player.mask)
-        return dataclasses.replace(player, model=None, loss=loss, ema=ema, every=every, mask=mask)
-
-    rules = [(name, rule(player)) for name, player in players.items()]
-
-    # Only what the compiled program returns is rebuilt; its structure never changes, so that
-    # keeping the first one's makes later comparisons of structures a comparison of identity.
-    def step(state: TrainState, batch: PyTree, constants: dict[str, PyTree] | None = None):
-        arrays, rest = eqx.partition((rules, traced_floats(constants or {})), eqx.is_array)
-        leaves, structure = jax.tree.flatten(rest)
-        after, metrics = _run((structure, tuple(leaves), placement(state)), state, arrays, batch)
-        kept = dataclasses.replace(after, structure=state.structure, rest=state.rest)
-        return kept, metrics
-
-    return step
+    return TrainStep(players)
 
 
-# Outside of `make_train_step`, so that steps that differ in numbers only share one program.
+# Outside of `TrainStep`, so that steps that differ in numbers only share one program.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
     """One update of every player whose turn it is."""
@@ -579,10 +682,11 @@ def _run(static: tuple, state: TrainState, arrays: PyTree, batch: PyTree):
         frozen = Frozen({**constants, **models}, state.step, shared, dict(seen), own)
         args = (jax.random.fold_in(key, index), batch, frozen)
         update = eqx.Partial(_update, name, player, eqx.Partial(used, name))
-        if callable(player.every) or player.every > 1:
-            states[name], own = _sometimes(update, player.every, states[name], args)
-        else:
-            states[name], own = update(states[name], *args)
+        with on_mesh(shardings):
+            if callable(player.every) or player.every > 1:
+                states[name], own = _sometimes(update, player.every, states[name], args)
+            else:
+                states[name], own = update(states[name], *args)
         prefix = f"{name}/" if len(rules) > 1 else ""
         metrics |= {prefix + metric: value for metric, value in own.items()}
     after = TrainState.pack(step=state.step + 1, key=state.key, players=states)

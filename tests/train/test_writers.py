@@ -30,7 +30,7 @@ def events_of(path):
 def logged(run_dir, names, picture, first, steps):
     """One session of a run that logs a number, a vector, nothing, and a picture."""
     run_dir.mkdir(exist_ok=True)
-    log = Log(writers.build_writers(names, run_dir, first, {"seed": 3}), first, 4)
+    log = Log(writers.build_writers(names, run_dir, first, {"seed": 3}), first, 4, 8)
     for step in range(first + 1, first + 1 + steps):
         log.scalars(step, {"loss": np.float32(step + 0.5), "each": [1, 2], "rate": None})
         log.picture(step, "samples", picture)

@@ -24,7 +24,7 @@ def build_network(config: NetworkConfig, info: DataInfo, seed: int) -> nnx.Modul
         **condition_arguments(info),
         "dropout": config.dropout,
         "dtype": jnp.bfloat16 if config.bfloat16 else None,
-        "remat": config.remat,
+        "remat": {"none": False, "blocks": True}.get(config.remat, config.remat),
         "rngs": rngs,
     }
     if config.kind == "mlp":
@@ -36,10 +36,12 @@ def build_network(config: NetworkConfig, info: DataInfo, seed: int) -> nnx.Modul
     if len(shape) != 3:
         raise ValueError(f"`network.kind` {config.kind} takes images, got data of shape {shape}.")
     common |= {"image_size": shape[:2], "in_channels": shape[2], "num_heads": config.num_heads}
+    common |= {"attention": config.attention}
     if config.kind == "dit":
         return networks.DiT(
-            patch_size=config.patch_size, hidden=config.channels, depth=config.depth, **common
-        )
+            patch_size=config.patch_size, hidden=config.channels, depth=config.depth,
+            stacked=config.stacked, **common,
+        )  # fmt: skip
     return networks.UNet(
         config.channels,
         channel_mults=config.channel_mults,

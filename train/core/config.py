@@ -20,6 +20,7 @@ MetricName = Literal[
     *("accuracy", "frechet", "sliced_wasserstein", "mmd2", "size", "colour", "place", "digit"),
 ]
 WriterName = Literal["tensorboard", "wandb"]
+RematName = Literal["none", "blocks", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 T = TypeVar("T", bound="RunConfig")
 
 
@@ -39,7 +40,12 @@ class NetworkConfig:
         dropout: dropout rate.
         scale_shift: modulate norms by the embedding (unet).
         bfloat16: compute in bfloat16; weights stay float32.
-        remat: recompute blocks in the backward pass, to save memory.
+        remat: what is recomputed in the backward pass, to save memory: blocks whole, or all but
+            their matrix products, by a policy of `jax.checkpoint_policies`.
+        stacked: stack a dit's blocks and run them as one loop: programs that do not grow with the
+            depth.
+        attention: how attention is computed, see `jaxdiff.networks`; cudnn is for GPUs in
+            bfloat16.
     """
 
     kind: Literal["unet", "dit", "mlp"] = "unet"
@@ -53,7 +59,20 @@ class NetworkConfig:
     dropout: float = 0.0
     scale_shift: bool = True
     bfloat16: bool = False
-    remat: bool = False
+    remat: RematName = "none"
+    stacked: bool = False
+    attention: Literal["plain", "xla", "cudnn"] = "plain"
+
+    def check(self) -> None:
+        """Refuse what a network of this kind does not have.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        if self.stacked and self.kind != "dit":
+            raise ValueError(f"`network.stacked` is an option of a dit, got a {self.kind}.")
+        if self.attention != "plain" and self.kind == "mlp":
+            raise ValueError("`network.attention` must be left out for an mlp, which has none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +164,7 @@ _LEAST = {
     **dict.fromkeys(("evaluation.num_samples", "evaluation.per_class"), 1),
     **dict.fromkeys(("evaluation.sampling_steps", "evaluation.batch_size"), 1),
     **dict.fromkeys(("warmup_steps", "sample_every", "seed", "evaluation.classifier_steps"), 0),
+    **dict.fromkeys(("profile",), 0),
     **dict.fromkeys(("evaluation.average", "evaluation.guidance_scale"), 0),
 }
 
@@ -159,7 +179,7 @@ class RunConfig:
         network: the network.
         evaluation: sampling and measuring at the end.
         mesh: the devices.
-        launch: the processes.
+        launch: the processes; not kept with the run.
         steps: training steps.
         batch_size: global batch size.
         learning_rate: peak of a schedule that rises linearly and falls as a cosine.
@@ -179,6 +199,8 @@ class RunConfig:
         checkpoint_every: steps between checkpoints; may change when a run is resumed.
         keep_checkpoints: how many are kept; may change when a run is resumed.
         writers: where the log goes beside metrics.jsonl; may change when a run is resumed.
+        profile: how many steps the profiler watches, once the first have run; its trace is in
+            profile/. May change when a run is resumed.
     """
 
     run_dir: str = "runs/digits"
@@ -203,6 +225,7 @@ class RunConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 3
     writers: tuple[WriterName, ...] = ()
+    profile: int = 0
 
     def check(self) -> None:
         """Refuse numbers that make no run, before any work.
@@ -215,6 +238,7 @@ class RunConfig:
             if not value >= least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         self.check_positive("learning_rate", "grad_clip")
+        self.network.check()
         scale = self.evaluation.guidance_scale
         if not scale < float("inf"):
             raise ValueError(f"`evaluation.guidance_scale` must be finite, got {scale}.")
@@ -264,6 +288,7 @@ FREE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
     "writers",
+    "profile",
 )
 """Fields that do not change what is trained, and so may differ when a run is resumed."""
 
@@ -273,8 +298,10 @@ _RENAMED = {"size": "resize", "gray": "mode"}
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The configuration as JSON, without `launch`, which belongs to one process and one start."""
+    value = json.loads(json.dumps(dataclasses.asdict(config)))
+    del value["launch"]
+    return value
 
 
 def from_json(kind: type[T], value: dict[str, Any]) -> T:
@@ -302,6 +329,9 @@ def from_json(kind: type[T], value: dict[str, Any]) -> T:
         if "gray" in data:
             data["gray"] = "gray" if data["gray"] else None
         value["data"] = {_RENAMED.get(name, name): item for name, item in data.items()}
+    network = value.get("network")
+    if isinstance(network, dict) and isinstance(network.get("remat"), bool):
+        value["network"] = {**network, "remat": "blocks" if network["remat"] else "none"}
     if "tensorboard" in value:
         value["writers"] = ("tensorboard",) if value.pop("tensorboard") else ()
     if kind is RunConfig:  # of whatever recipe

@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+import platform
+import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from tqdm import tqdm
 
 from jaxdiff import parallel
 from jaxdiff._tree import jit
+from jaxdiff.costs import chip_of
 from jaxdiff.data import make_loader
+from jaxdiff.networks import TENSOR_RULES
 from jaxdiff.training import (
     CheckpointStore,
     Hook,
@@ -40,6 +45,7 @@ from train.core.writers import Writer, build_writers, check_writers
 
 def run(fn: Callable[[], Any]) -> int:
     """Call `fn`; an error or a signal becomes one line and an exit status."""
+    keep_programs()
     try:
         fn()
     except Interrupted as stop:
@@ -72,6 +78,23 @@ def run(fn: Callable[[], Any]) -> int:
     return 0
 
 
+def keep_programs() -> None:
+    """Keep compiled programs for the next start, in ~/.cache/jaxdiff/.
+
+    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        # Programs for one processor may be none for another that shares the home directory.
+        cpu = Path("/proc/cpuinfo")
+        flags = re.search("^flags.*$", cpu.read_text(), re.M) if cpu.exists() else None
+        kind = f"{platform.machine()}-{zlib.crc32(flags[0].encode()) if flags else 0:08x}"
+        folder = str(Path.home() / ".cache" / "jaxdiff" / kind)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    # Small programs are many; the second start of a command compiles none of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
 def say(text: str) -> None:
     """Print once, however many processes there are."""
     if parallel.is_first():
@@ -81,15 +104,21 @@ def say(text: str) -> None:
 class Log:
     """Hands what is logged to the writers, and shows a progress bar; `rate` is steps/s.
 
+    Attributes:
+        flops: operations of a step on all devices, once they are known.
+
     Args:
         writers: where numbers and pictures go.
         first_step: where the run begins or goes on.
         steps: where it ends.
+        batch_size: examples of a step.
     """
 
-    def __init__(self, writers: Sequence[Writer], first_step: int, steps: int):
+    def __init__(self, writers: Sequence[Writer], first_step: int, steps: int, batch_size: int):
         self.writers = writers
         self.rate: float | None = None
+        self.flops: int | None = None
+        self.batch_size = batch_size
         self.begun: tuple[int, float] | None = None  # the first interval holds the compilation
         hidden = not parallel.is_first()
         self.bar = tqdm(
@@ -103,10 +132,28 @@ class Log:
             self.begun = (step, now)
         elif step > self.begun[0]:
             self.rate = (step - self.begun[0]) / (now - self.begun[1])
-        self.scalars(step, {**metrics, "steps_per_second": self.rate})
+        self.scalars(step, {**metrics, **self.speed()})
         if "loss" in metrics:
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         self.bar.update(step - self.bar.n)
+
+    def speed(self) -> dict[str, float | None]:
+        """Steps, examples and operations a second, and the share of what the devices could do.
+
+        Operations are those of the model alone, in units of 10^12; what devices could do is what
+        their makers say of bfloat16, whatever the run computes in.
+        """
+        if self.rate is None:
+            return {}
+        speed: dict[str, float | None] = {
+            "steps_per_second": self.rate,
+            "examples_per_second": self.rate * self.batch_size,
+        }
+        if self.flops is not None:
+            done, chip = self.rate * self.flops, chip_of(jax.devices()[0])
+            speed["tflops_per_second"] = done / 1e12
+            speed["utilisation"] = done / (chip.flops * jax.device_count()) if chip else None
+        return speed
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Log other numbers; None is left out."""
@@ -158,6 +205,8 @@ class Watch:
         """Write samples/<step>.png, and one line of the log."""
         config, key = self.config, jax.random.key(self.config.seed + 1)
         model = state.players[self.sampled].averaged(index=config.evaluation.average)
+        if self.mesh.size > 1:
+            model = parallel.join_devices(model, parallel.batch_sharding(self.mesh))
         if self.loss is not None:
             value = _loss_of(self.loss, model, key, self.batch)
             self.log.scalars(step, {"held_out_loss": float(value)})
@@ -211,9 +260,36 @@ def check(config: RunConfig) -> None:
     check_same(config)
 
 
+class Profiled:
+    """A step some of whose calls the profiler watches.
+
+    Args:
+        step: the step.
+        count: how many calls.
+        folder: where the trace goes, for TensorBoard's or XProf's profile page.
+        after: how many calls pass first.
+    """
+
+    def __init__(self, step: Callable[..., Any], count: int, folder: Path, after: int = 5):
+        self.step, self.folder, self.calls = step, folder, 0
+        self.first, self.last = after, after + count
+
+    def __call__(self, *args: Any) -> Any:
+        """The step."""
+        if self.calls == self.first:
+            jax.block_until_ready(args)
+            jax.profiler.start_trace(str(self.folder))
+        out = self.step(*args)
+        self.calls += 1
+        if self.calls == self.last:
+            jax.block_until_ready(out)
+            jax.profiler.stop_trace()
+        return out
+
+
 def train(
     config: RunConfig,
-    players: Mapping[str, Player],
+    build: Callable[[], Mapping[str, Player]],
     source: Source,
     held_out: Source,
     *,
@@ -224,7 +300,8 @@ def train(
 
     Args:
         config: the recipe's configuration, which `check` has passed.
-        players: by name.
+        build: makes the players, by name. On several devices it is compiled, and each makes its
+            own part.
         source: the data to train on.
         held_out: the data to measure against.
         sampled: the player whose averaged model is sampled and measured.
@@ -250,15 +327,18 @@ def train(
         process_count=count,
     )
     store = CheckpointStore(run_dir / "checkpoints", keep=config.keep_checkpoints)
-    players = dict(players)
+    several = mesh if mesh.size > 1 else None
+    begin: Any = build
     if config.init_from and not store.steps():
-        players[sampled] = begin_from(players[sampled], config.init_from)
+        begin = dict(build())
+        begin[sampled] = begin_from(begin[sampled], config.init_from)
+    elif several is None:
+        begin = build()
+    players = eqx.filter_eval_shape(begin) if callable(begin) else begin
     if first:
         save_model(run_dir, players, **dataclasses.asdict(info))
-
-    state = init_train_state(players, jax.random.key(config.seed))
-    if mesh.size > 1:
-        state = TrainState.pack(**parallel.shard_params(state.unpack(), mesh))
+    key = jax.random.key(config.seed)
+    state = init_train_state(begin, key, mesh=several, rules=TENSOR_RULES)
     batches = iter(loader)
     restored = store.restore_latest(state.unpack())
     if restored is not None:
@@ -271,14 +351,24 @@ def train(
     if first:
         save_config(config)
         writers = build_writers(config.writers, run_dir, done, to_json(config))
-    log = Log(writers, done, config.steps)
+    log = Log(writers, done, config.steps, config.batch_size)
     hooks = [Hook(config.log_every, log, before_checkpoint=True)]
     if config.sample_every:
         watch = Watch(config, held_out, mesh, log, sampled, held_out_loss)
         hooks.append(Hook(config.sample_every, watch))
+    step = make_train_step(players)
+    begun = state
+
+    def place(batch):
+        batch = parallel.shard_batch(batch, mesh)
+        if log.flops is None:
+            log.flops = step.flops(begun, batch)
+        return batch
+
+    watched = config.profile and first
     try:
         state = fit(
-            make_train_step(players),
+            Profiled(step, config.profile, run_dir / "profile") if watched else step,
             state,
             batches,
             num_steps=config.steps,
@@ -286,7 +376,7 @@ def train(
             store=store,
             checkpoint_every=config.checkpoint_every,
             config=to_json(config),
-            place=lambda batch: parallel.shard_batch(batch, mesh),
+            place=place,
         )
     finally:
         log.close()
