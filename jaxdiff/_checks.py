@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import is_known
@@ -64,7 +65,7 @@ def check_scalars(*trees: PyTree) -> None:
 
     def visit(node):
         if not isinstance(node, eqx.Module):
-            return False
+            return isinstance(node, nnx.Module)  # whose weights are many, and no such numbers
         for field in dataclasses.fields(node):
             value = getattr(node, field.name, None)
             if field.metadata.get("number") and np.ndim(value):

@@ -18,6 +18,11 @@ def is_known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def is_arraylike(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
 def as_number(value: Any) -> Any:
     """A known scalar of any kind as a Python float; arrays and what is traced as they are."""
     if isinstance(value, bool) or not is_known(value):
@@ -70,8 +75,11 @@ def as_float_array(value: ArrayLike) -> Array:
 
 F = TypeVar("F", bound=Callable)
 
-# Leaves that `jit` traces.
-_TRACED = (jax.Array, np.ndarray, np.generic, float)
+
+@functools.cache  # abstract classes are slow to ask
+def _is_traced(kind: type) -> bool:
+    """Whether `jit` traces leaves of a type."""
+    return issubclass(kind, (jax.Array, np.ndarray, np.generic, float, jax.core.Tracer))
 
 
 def jit(fn: F) -> F:
@@ -93,14 +101,15 @@ def jit(fn: F) -> F:
     @functools.wraps(fn)
     def call(*args, **kwargs):
         leaves, structure = jax.tree.flatten((args, kwargs))
-        # A count from NumPy is a count.
-        leaves = [int(leaf) if isinstance(leaf, np.integer) else leaf for leaf in leaves]
-        traced = [isinstance(leaf, _TRACED) for leaf in leaves]
-        arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
-        rest = tuple(
-            None if is_array else leaf for leaf, is_array in zip(leaves, traced, strict=True)
-        )
-        return compiled((structure, rest), arrays)
+        arrays, rest = [], []
+        for leaf in leaves:
+            if isinstance(leaf, np.integer):  # a count from NumPy is a count
+                leaf = int(leaf)
+            traced = _is_traced(type(leaf))
+            (arrays if traced else rest).append(leaf)
+            if traced:
+                rest.append(None)
+        return compiled((structure, tuple(rest)), arrays)
 
     return cast(F, call)
 

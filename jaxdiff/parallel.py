@@ -8,6 +8,8 @@ split over tensor stays so.
 
 import contextlib
 import re
+import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +65,7 @@ def initialize(
     *,
     num_processes: int | None = None,
     process_id: int | None = None,
+    timeout: float = 300.0,
 ) -> None:
     """Join the processes of a run, before anything else is done with JAX.
 
@@ -73,6 +76,7 @@ def initialize(
         coordinator: address and port of process 0, "10.0.0.1:1234".
         num_processes: how many there are.
         process_id: which one this is, from 0.
+        timeout: seconds to wait for the others.
 
     Raises:
         ValueError: for arguments that do not go together, or a coordinator that does not answer.
@@ -87,15 +91,46 @@ def initialize(
         raise ValueError(
             f"`process_id` must lie in [0, {num_processes}), got {process_id}. It counts from 0."
         )
+    begun = time.monotonic()
+    if coordinator is not None and process_id:
+        _reach(coordinator, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    left = max(int(timeout - (time.monotonic() - begun)), 1)
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=left
+        )
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"`coordinator` must be the address of process 0, which runs, got {coordinator}: "
             f"{reason}"
         ) from None
+
+
+def _reach(coordinator: str, timeout: float) -> None:
+    """Wait until the coordinator answers: JAX would abort the process, without an error.
+
+    Raises:
+        ValueError: if it does not, in time, or is no address and port.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(
+            f'`coordinator` must be an address and a port, "10.0.0.1:1234", got {coordinator!r}.'
+        )
+    deadline, reason = time.monotonic() + timeout, ""
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, int(port)), timeout=5.0).close()
+            return
+        except OSError as error:
+            reason = str(error)
+        time.sleep(min(0.5, timeout / 10))
+    raise ValueError(
+        f"`coordinator` must be the address of process 0, which runs; nothing answered at "
+        f"{coordinator} in {timeout:g} s: {reason}. Start process 0, and check address and port."
+    )
 
 
 def is_first() -> bool:

@@ -5,6 +5,7 @@ import sys
 
 EXTRAS = (
     "grain",
+    "array_record",
     "sklearn",
     "pyarrow",
     "PIL",
@@ -28,6 +29,7 @@ source = jaxdiff.data.array_source(jax.numpy.zeros((4, 2)))
 for name, call in (
     ("sklearn", jaxdiff.data.digits),
     ("PIL", lambda: jaxdiff.data.image_folder(".")),
+    ("array_record", lambda: jaxdiff.data.to_records(source, "records")),
     ("grain", lambda: next(iter(jaxdiff.data.make_loader(source, 2, seed=0)))),
 ):
     try:

@@ -249,6 +249,11 @@ def test_processes_and_parts():
     for wrong, message in (
         ({"num_processes": 2}, "must be given together"),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, r"must lie in \[0, 2\)"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "address and a port"),
+        (
+            {"coordinator": "127.0.0.1:9", "num_processes": 2, "process_id": 1, "timeout": 0.2},
+            "nothing answered at 127.0.0.1:9 in 0.2 s",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             parallel.initialize(**wrong)

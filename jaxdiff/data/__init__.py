@@ -1,4 +1,4 @@
-"""Data: sources held in memory, densities in the plane, and batches through Grain.
+"""Data: sources held in memory or on disk, densities in the plane, and batches through Grain.
 
 The readers and the pipeline need the `train` extra (grain, scikit-learn, pyarrow, pillow), which
 each imports when it is called.
@@ -17,6 +17,8 @@ from jaxdiff.data._prompts import PROMPT_WORDS as PROMPT_WORDS
 from jaxdiff.data._prompts import PromptAttributes as PromptAttributes
 from jaxdiff.data._prompts import prompt_attributes as prompt_attributes
 from jaxdiff.data._prompts import prompts as prompts
+from jaxdiff.data._records import RecordSource as RecordSource
+from jaxdiff.data._records import records as records
 from jaxdiff.data._reduced import reduced as reduced
 from jaxdiff.data._sources import ArraySource as ArraySource
 from jaxdiff.data._sources import Source as Source
@@ -28,3 +30,5 @@ from jaxdiff.data._toy2d import eight_gaussians as eight_gaussians
 from jaxdiff.data._toy2d import rings as rings
 from jaxdiff.data._toy2d import swiss_roll as swiss_roll
 from jaxdiff.data._toy2d import two_moons as two_moons
+from jaxdiff.data._write_records import to_records as to_records
+from jaxdiff.data._write_records import write_records as write_records

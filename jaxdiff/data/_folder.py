@@ -65,6 +65,11 @@ class FolderSource:
     pixels: bool = True
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of x as it is decoded."""
+        return np.dtype(np.uint8)
+
+    @property
     def labels(self) -> np.ndarray | None:
         """The class of every image, int32 (n,), or None."""
         return self.cond

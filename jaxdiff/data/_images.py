@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxdiff.data._sources import require
+from jaxdiff.data._sources import require, to_bytes
 
 _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -126,7 +126,7 @@ def save_images(
                 f"`labels` must be {len(x)} integers from 0, got shape {labels.shape} of "
                 f"{labels.dtype}."
             )
-    pixels = np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+    pixels = to_bytes(np.clip(x, -1, 1))
     digits = len(str(len(x) - 1))
     for i, image in enumerate(pixels):
         folder = Path(directory)

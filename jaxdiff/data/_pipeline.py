@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxdiff._checks import check_count
 from jaxdiff.data._folder import FolderSource
+from jaxdiff.data._records import RecordSource
 from jaxdiff.data._sources import ArraySource, Source, require
 
 
@@ -105,7 +106,7 @@ class Loader:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What a position in the stream belongs to."""
-        return {"source": _fingerprint(self.source), "seed": self.seed, "shuffle": self.shuffle}
+        return {"source": fingerprint(self.source), "seed": self.seed, "shuffle": self.shuffle}
 
     def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
         """Grain's iterator over the batches from example number `first` of the stream on."""
@@ -120,7 +121,7 @@ class Loader:
 
         def batch(index: int) -> dict[str, np.ndarray]:
             places = first + index * self.batch_size + rows
-            examples = _gather(source, order(places))
+            examples = gather(source, order(places))
             if self.flip:
                 flipped = flips(places)
                 # In place, on a fresh batch: three times as fast as choosing between two copies.
@@ -176,7 +177,7 @@ class LoaderIterator:
         self._batches = self.loader.batches(self.examples)
 
 
-def _fingerprint(source: Source) -> str:
+def fingerprint(source: Source) -> str:
     """What tells a source from another: its size and shapes, and 64 of its examples."""
     count = len(source)
     chosen = np.unique(np.linspace(0, count - 1, 64).astype(int))
@@ -218,8 +219,9 @@ def _per_epoch(count: int, table: Callable[[int], np.ndarray]):
     return look
 
 
-def _gather(source: Source, indices: np.ndarray) -> dict[str, np.ndarray]:
-    if isinstance(source, (ArraySource, FolderSource)):  # read a batch at a time
+def gather(source: Source, indices: np.ndarray) -> dict[str, Any]:
+    """The stacked examples of any source."""
+    if isinstance(source, (ArraySource, FolderSource, RecordSource)):  # read a batch at a time
         return source[indices]
     examples = [source[int(i)] for i in indices]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)

@@ -1,17 +1,37 @@
 """Smaller and simpler versions of a data set of images."""
 
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
 
+from jaxdiff.data._records import RecordSource
 from jaxdiff.data._sources import ArraySource
 
+S = TypeVar("S", ArraySource, RecordSource)
 
-def reduced(source: ArraySource, *, size: int | None = None, gray: bool = False) -> ArraySource:
+
+@dataclasses.dataclass(frozen=True)
+class _Reduction:
+    """Of images (n, H, H, C); see `reduced`."""
+
+    size: int
+    gray: bool
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        factor = x.shape[1] // self.size
+        found = x.reshape(-1, self.size, factor, self.size, factor, x.shape[3])
+        found = found.astype(np.float32).mean((2, 4))
+        if self.gray:
+            found = found @ np.array([[0.299], [0.587], [0.114]], np.float32)
+        return np.rint(found).astype(np.uint8) if x.dtype == np.uint8 else found
+
+
+def reduced(source: S, *, size: int | None = None, gray: bool = False) -> S:
     """Images averaged over blocks of pixels, and over channels.
 
     Args:
-        source: images `(H, H, C)`.
+        source: images `(H, H, C)`, in memory, or records, which are reduced as they are read.
         size: the new height and width, which divides the old; None leaves it.
         gray: average the channels (luma weights 0.299, 0.587, 0.114) into one.
 
@@ -33,14 +53,13 @@ def reduced(source: ArraySource, *, size: int | None = None, gray: bool = False)
         )
     if gray and shape[2] != 3:
         raise ValueError(f"`gray` needs images of three channels, got {shape[2]}. Leave it out.")
-    factor = shape[0] // size
-
-    def reduce(x):
-        x = x.reshape(-1, size, factor, size, factor, shape[2]).astype(np.float32).mean((2, 4))
-        if gray:
-            x = x @ np.array([[0.299], [0.587], [0.114]], np.float32)
-        return np.rint(x).astype(np.uint8) if source.x.dtype == np.uint8 else x
-
+    reduce = _Reduction(size, gray)
+    if isinstance(source, RecordSource):
+        return dataclasses.replace(
+            source,
+            event_shape=(size, size, 1 if gray else shape[2]),
+            reductions=(*source.reductions, reduce),
+        )
     # In pieces, because floats take four times the memory of the images.
     pieces = [reduce(source.x[i : i + 4096]) for i in range(0, len(source), 4096)]
     return dataclasses.replace(source, x=np.concatenate(pieces))

@@ -17,6 +17,9 @@ class Source(Protocol):
     Attributes:
         event_shape: shape of one example, (H, W, C) for images.
         num_classes: labels are in [0, num_classes); None if there are no labels.
+
+    Records keep a few more attributes of those that have them: `class_names`, `words` and `pixels`
+    as of `array_source`, and a `dtype` uint8 of images that were 0..255.
     """
 
     event_shape: tuple[int, ...]
@@ -61,6 +64,11 @@ class ArraySource:
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one example."""
         return self.x.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of x as it is stored."""
+        return self.x.dtype
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -177,6 +185,11 @@ def from_bytes(x: np.ndarray) -> np.ndarray:
     x = x / np.float32(127.5)
     x -= 1
     return x
+
+
+def to_bytes(x: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> [0, 255], rounded; gives what `from_bytes` was given."""
+    return np.rint((x + 1) * 127.5).astype(np.uint8)
 
 
 def labels_of(cond: Any, num_classes: int | None) -> np.ndarray | None:

@@ -8,9 +8,10 @@ import numpy as np
 
 from jaxdiff._checks import check_count
 from jaxdiff.data._folder import FolderSource
+from jaxdiff.data._records import RecordSource
 from jaxdiff.data._sources import ArraySource
 
-S = TypeVar("S", ArraySource, FolderSource)
+S = TypeVar("S", ArraySource, FolderSource, RecordSource)
 
 
 def split(source: S, fraction: float = 0.1, *, seed: int = 0) -> tuple[S, S]:
@@ -38,7 +39,7 @@ def split(source: S, fraction: float = 0.1, *, seed: int = 0) -> tuple[S, S]:
     """
     if isinstance(fraction, str) or not 0 < fraction < 1:
         raise ValueError(f"The fraction held out must lie in (0, 1), got {fraction}.")
-    if not isinstance(source, ArraySource | FolderSource):
+    if not isinstance(source, ArraySource | FolderSource | RecordSource):
         raise TypeError(
             f"`source` must be a source, got {type(source).__name__}. Pass array_source(x), say."
         )
@@ -84,6 +85,6 @@ def without_classes(source: S, classes: Sequence[int]) -> S:
     return source.take(kept)
 
 
-def _name(source: ArraySource | FolderSource, label: int) -> str:
+def _name(source: ArraySource | FolderSource | RecordSource, label: int) -> str:
     names = source.class_names
     return f"class {label}" if names is None else f"class {label} ({names[label]})"

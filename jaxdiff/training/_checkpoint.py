@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxdiff._checks import check_count
+from jaxdiff._tree import is_arraylike
 from jaxdiff.parallel import is_first, wait_for_all
 
 MANIFEST = "manifest.json"
@@ -40,21 +41,33 @@ def _is_key(leaf: Any) -> bool:
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
     """Array leaves by path; typed keys as their data."""
-    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_array))
-    return {
-        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        for path, leaf in leaves
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, is_arraylike))
+    return {jax.tree_util.keystr(path): _data(leaf) for path, leaf in leaves}
+
+
+def _data(leaf: Any) -> Any:
+    if not _is_key(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, leaf).update(sharding=leaf.sharding)
+    return jax.random.key_data(leaf)
 
 
 def _as_in(template: Any, array: Any) -> Any:
     """A restored array as the template's leaf was: a key, or a weakly typed number."""
     if _is_key(template):
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(template))
+        kinds: list[Any] = []
+        jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), template)
+        return jax.random.wrap_key_data(array, impl=kinds[0])
     # Files do not tell weak types; a strong one would promote what it meets, and recompile.
     if template.weak_type and template.ndim == 0:
-        return jax.device_put(jnp.asarray(array.item()), template.sharding)
+        return jax.device_put(jnp.asarray(array.item()), _place(template))
     return array
+
+
+def _place(template: Any) -> jax.sharding.Sharding:
+    """Where an array belongs; a shape that does not say, to the first device."""
+    return template.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _checksum(path: Path) -> int:
@@ -164,7 +177,10 @@ class CheckpointStore:
         try:
             if is_first():
                 self._remove_unfinished()
-            writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            # A directory that cannot be made is told here, and not after minutes of waiting for it.
+            options = ocp.AsyncOptions(create_directories_asynchronously=False)
+            handler = ocp.CompositeCheckpointHandler()
+            writer = ocp.AsyncCheckpointer(handler, async_options=options)
             writer.save(unfinished, args=args)
         except (OSError, ValueError, RuntimeError) as error:
             self._refuse(step, error)
@@ -241,7 +257,8 @@ class CheckpointStore:
         another number of devices may go on with the run.
 
         Args:
-            template: a state of the right structure, e.g. the initial one.
+            template: a state of the right structure, e.g. the initial one, or its shapes, the
+                `jax.ShapeDtypeStruct`s of `equinox.filter_eval_shape` and `shard_params`.
             partial: read only what the template has; to sample, put None in place of the
                 optimiser's state.
 
@@ -322,7 +339,7 @@ class CheckpointStore:
         # A list with a placeholder for each array that is not wanted.
         targets = [wanted.get(path, ocp.PLACEHOLDER) for path in stored]
         placed = [
-            ocp.ArrayRestoreArgs(sharding=wanted[path].sharding)
+            ocp.ArrayRestoreArgs(sharding=_place(wanted[path]))
             if path in wanted
             else ocp.RestoreArgs()
             for path in stored
@@ -331,7 +348,7 @@ class CheckpointStore:
         found = dict(zip(stored, self._load(step, "arrays", args), strict=True))
         arrays = iter([found[path] for path in wanted])
         state = jax.tree.map(
-            lambda leaf: _as_in(leaf, next(arrays)) if eqx.is_array(leaf) else leaf, template
+            lambda leaf: _as_in(leaf, next(arrays)) if is_arraylike(leaf) else leaf, template
         )
         return state, meta["data_state"], meta["config"]
 

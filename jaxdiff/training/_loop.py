@@ -96,6 +96,8 @@ def _finishing(store: CheckpointStore | None):
 
 
 def _refuse(name: str, value: str, step: int, store: CheckpointStore | None) -> None:
+    if store is not None:
+        store.wait()  # one that is being written counts
     good = store.steps()[-1:] if store else []
     last = f"checkpoint {good[0]} in {store.directory}" if store and good else "none yet"
     raise NonFiniteLossError(

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
+from jaxdiff._tree import is_arraylike
 from jaxdiff.networks import Network
 from jaxdiff.training._checkpoint import CheckpointStore, write_json
 from jaxdiff.training._ema import PowerEMA, reconstruct_ema
@@ -132,7 +133,7 @@ def load_run(
         raise ValueError(f"{path} is damaged: the model of {player!r} is {written!r:.60}.")
     # Averages are of the network; None in place of those that are not wanted.
     averages: list[PyTree] = []
-    weights = eqx.filter(getattr(model, "network", None), eqx.is_inexact_array)
+    weights = eqx.filter(getattr(model, "network", None), _is_weight)
     if sigma_rel is not None:
         averages = [weights] * len(widths)
     elif average is not None:
@@ -157,6 +158,10 @@ def load_run(
         state, average = dataclasses.replace(state, averages=[made]), 0
     model = state.model if average is None else state.averaged(index=average)
     return Run(model, step, info, config)
+
+
+def _is_weight(leaf: Any) -> bool:
+    return is_arraylike(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def to_json(value: Any, where: str) -> Any:
@@ -195,7 +200,7 @@ def _arguments(value: Any) -> dict[str, Any] | None:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` wrote, with weights that are zero.
+    """What `to_json` wrote, with shapes in place of weights.
 
     Raises:
         ValueError: for a class that is not jaxdiff's.
@@ -214,8 +219,7 @@ def from_json(value: Any) -> Any:
     if issubclass(kind, Network):
         # Weights come from the checkpoint: to draw some first takes longer than to read them.
         build: Any = kind
-        shapes = nnx.eval_shape(lambda: build(**arguments, rngs=nnx.Rngs(0)))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return nnx.eval_shape(lambda: build(**arguments, rngs=nnx.Rngs(0)))
     return kind(**arguments)
 
 

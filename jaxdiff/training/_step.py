@@ -20,7 +20,7 @@ from jaxdiff._checks import (
     check_number,
     check_scalars,
 )
-from jaxdiff._tree import Number, number, traced_floats
+from jaxdiff._tree import Number, is_arraylike, number, traced_floats
 from jaxdiff.costs import flops_of
 from jaxdiff.networks import without_remat
 from jaxdiff.parallel import MIN_SIZE, Rules, gather_weights, on_mesh, shard_params
@@ -221,8 +221,8 @@ class TrainState(eqx.Module):
     ) -> "TrainState":
         """The state of these parts."""
         leaves, structure = jax.tree.flatten(players)
-        arrays = [leaf for leaf in leaves if _is_arraylike(leaf)]
-        rest = tuple(None if _is_arraylike(leaf) else leaf for leaf in leaves)
+        arrays = [leaf for leaf in leaves if is_arraylike(leaf)]
+        rest = tuple(None if is_arraylike(leaf) else leaf for leaf in leaves)
         return cls(step, key, arrays, structure, rest)
 
     @property
@@ -613,13 +613,9 @@ class TrainStep:
 
     def _arguments(self, state, batch, constants):
         tree = (self._rules, traced_floats(constants or {}))
-        arrays, rest = eqx.partition(tree, _is_arraylike)
+        arrays, rest = eqx.partition(tree, is_arraylike)
         leaves, structure = jax.tree.flatten(rest)
         return (structure, tuple(leaves), placement(state)), state, arrays, batch
-
-
-def _is_arraylike(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:

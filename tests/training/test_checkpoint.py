@@ -1,9 +1,11 @@
 import json
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import numpy as np
 import optax
@@ -202,3 +204,56 @@ def test_restores_onto_another_number_of_devices(tmp_path, players, step):
     restored = store.restore_latest(template)[0]
     assert_bitwise(restored, state.unpack())
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(restored["players"]))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, players, step, monkeypatch):
+    """What is written is the state at the time of the save, though its arrays are donated since."""
+    store, gate = CheckpointStore(tmp_path / "c"), threading.Event()
+    finish = store._finish
+
+    def late(*args):
+        assert gate.wait(60)
+        finish(*args)
+
+    monkeypatch.setattr(store, "_finish", late)
+    batches = Batches()
+    state, _ = step(init_train_state(players, jax.random.key(0)), next(batches))
+    expected = jax.tree.map(np.array, leaves(state.unpack()))
+    store.save(state.unpack(), step=1, wait=False)
+    for _ in range(3):
+        state, _ = step(state, next(batches))
+    # Where a kill would leave it: not there, and harmless to the next start.
+    assert store.steps() == []
+    assert CheckpointStore(tmp_path / "c").restore_latest(state.unpack()) is None
+    gate.set()
+    store.wait()
+    found, _, _ = store.restore_latest(state.unpack())
+    assert_bitwise(found, expected)
+
+
+def test_a_checkpoint_that_could_not_be_written_is_told_at_the_next(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path / "c")
+    store.save({"a": jax.numpy.arange(3)}, step=1)
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(store, "_finish", full)
+    store.save({"a": jax.numpy.arange(3)}, step=2, wait=False)
+    with pytest.raises(CheckpointError, match=r"checkpoint 2 .*No space left.*\[1\] are intact"):
+        store.save({"a": jax.numpy.arange(3)}, step=3)
+    assert store.steps() == [1] and not list((tmp_path / "c").glob("*.unfinished*"))
+
+
+def test_shapes_are_templates_too(tmp_path, players, step):
+    """Nothing is allocated but what is read, and on the devices that the shapes name."""
+    store, _, state = three_checkpoints(tmp_path / "c", players, step)
+    shapes = eqx.filter_eval_shape(init_train_state, players, jax.random.key(1)).unpack()
+    assert_bitwise(store.restore_latest(shapes)[0], state.unpack())
+    mesh = parallel.make_mesh(data=1, fsdp=3, devices=jax.devices()[:3])
+    placed = parallel.shard_params(shapes, mesh, min_size=8)
+    found = store.restore_latest(placed)[0]
+    assert_bitwise(found, state.unpack())
+    for leaf, like in zip(jax.tree.leaves(found), jax.tree.leaves(placed), strict=True):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(found))

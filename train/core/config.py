@@ -100,12 +100,14 @@ class LaunchConfig:
         coordinator: address and port of process 0, where nothing is detected.
         num_processes: how many there are.
         process_id: which one this is, from 0.
+        timeout: seconds to wait for the others.
     """
 
     detect: bool = False
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    timeout: float = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,7 @@ _LEAST = {
     **dict.fromkeys(("evaluation.num_samples", "evaluation.per_class"), 1),
     **dict.fromkeys(("evaluation.sampling_steps", "evaluation.batch_size"), 1),
     **dict.fromkeys(("warmup_steps", "sample_every", "seed", "evaluation.classifier_steps"), 0),
-    **dict.fromkeys(("profile",), 0),
+    **dict.fromkeys(("profile", "data.threads"), 0),
     **dict.fromkeys(("evaluation.average", "evaluation.guidance_scale"), 0),
 }
 
@@ -291,6 +293,7 @@ FREE_FIELDS = (
     "profile",
 )
 """Fields that do not change what is trained, and so may differ when a run is resumed."""
+FREE_DATA = ("data.path", "data.labels_path", "data.threads")
 
 
 # What older versions called fields of the data.
@@ -414,7 +417,7 @@ def contradictions(stored: dict[str, Any], config: RunConfig) -> list[str]:
                 yield from compare(before, now, f"{prefix}{name}.")
             elif name == "steps" and now > before:
                 continue  # longer is the same run
-            elif before != now and f"{prefix}{name}" not in ("data.path", "data.labels_path"):
+            elif before != now and f"{prefix}{name}" not in FREE_DATA:
                 yield f"{prefix}{name}: {before} there, {now} here"
 
     return list(compare(stored, to_json(config)))

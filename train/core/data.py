@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +11,11 @@ import numpy as np
 
 from jaxdiff import data
 from jaxdiff.conditions import as_entries, from_entries
-from jaxdiff.data import ArraySource, FolderSource
+from jaxdiff.data import ArraySource, FolderSource, RecordSource
 
+FILES = ("cifar10", "mnist", "folder", "records", "npz", "idx")
 DENSITIES = ("two_moons", "swiss_roll", "checkerboard", "eight_gaussians", "rings")
-Source = ArraySource | FolderSource
+Source = ArraySource | FolderSource | RecordSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +24,8 @@ class DataConfig:
 
     Attributes:
         name: which reader; the last five are densities in the plane.
-        path: where the files are (cifar10, mnist, folder: a directory; npz, idx: a file). A folder
-            with sub-folders "train" and "test", or an npz with "x_test", is its own split.
+        path: where the files are (cifar10, mnist, folder, records: a directory; npz, idx: a file).
+            A directory with "train" and "test" inside, or an npz with "x_test", is its own split.
         labels_path: labels file of an idx data set.
         test_fraction: part of every class that is held out, at random, of data without a test set.
         exclude_class: classes that are left out, while the others keep their numbers.
@@ -33,10 +35,13 @@ class DataConfig:
         mode: make images rgb or gray; None leaves them.
         background: colour behind transparent pixels of a folder's images.
         lazy: decode images of a folder as they are read, for sets larger than memory.
+        threads: that prepare batches; more than one is for what must be decoded. May change when a
+            run is resumed.
     """
 
     name: Literal[
-        *("digits", "prompts", "cifar10", "mnist", "folder", "npz", "idx"),
+        *("digits", "prompts"),
+        *FILES,
         *DENSITIES,
     ] = "digits"
     path: str = ""
@@ -49,6 +54,7 @@ class DataConfig:
     mode: Literal["rgb", "gray"] | None = None
     background: str = "white"
     lazy: bool = False
+    threads: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +91,8 @@ class DataInfo:
             source.words,
             source.pixels,
             {
-                name: tuple(values.shape[1:])
-                for name, values in as_entries(source.cond).items()
+                name: np.shape(value)
+                for name, value in as_entries(source[0].get("cond")).items()
                 if labels is None or name != "label"
             },
         )
@@ -157,11 +163,11 @@ def build_source(config: DataConfig, split: Literal["train", "test"] = "train") 
 
 
 def _read(config: DataConfig) -> tuple[Source, Source]:
-    if config.name in ("cifar10", "mnist", "folder", "npz", "idx") and not config.path:
+    reads_files = config.name in FILES
+    if reads_files and not config.path:
         raise ValueError(
             f"`data.path` must say where the {config.name} data are, got nothing. Pass --data.path."
         )
-    reads_files = config.name in ("cifar10", "mnist", "folder", "npz", "idx")
     for field, used in (("path", reads_files), ("labels_path", config.name == "idx")):
         if getattr(config, field) and not used:
             raise ValueError(
@@ -171,6 +177,8 @@ def _read(config: DataConfig) -> tuple[Source, Source]:
         return _folder(config)
     if config.lazy:
         raise ValueError(f"`data.lazy` is for folders of images, got data of {config.name}.")
+    if config.name == "records":
+        return _sides(config, lambda path: _reduced(data.records(path), config))
     if config.name in ("digits", "prompts", "cifar10", "mnist"):
         at = () if config.name in ("digits", "prompts") else (config.path,)
         reader = getattr(data, config.name)
@@ -202,6 +210,11 @@ def _folder(config: DataConfig) -> tuple[Source, Source]:
             lazy=config.lazy,
         )
 
+    return _sides(config, read)
+
+
+def _sides(config: DataConfig, read: Callable[[Any], Source]) -> tuple[Source, Source]:
+    """The parts of a directory that is its own split, or those that are drawn."""
     root = Path(config.path)
     inside = {entry.name for entry in root.iterdir() if entry.is_dir()} if root.is_dir() else set()
     shown = {name for name in inside if not name.startswith(".") and name != "__MACOSX"}
@@ -210,8 +223,8 @@ def _folder(config: DataConfig) -> tuple[Source, Source]:
     return data.split(read(config.path), config.test_fraction)
 
 
-def _reduced(source: ArraySource, config: DataConfig) -> ArraySource:
-    """Images in memory as the configuration wants them."""
+def _reduced(source: Any, config: DataConfig) -> Any:
+    """Images in memory, or records, as the configuration wants them."""
     shape = source.event_shape
     if config.mode == "rgb" and (len(shape) != 3 or shape[2] != 3):
         raise ValueError(f"`data.mode` rgb needs images of three channels, got examples {shape}.")

@@ -226,9 +226,10 @@ def launch(config: RunConfig) -> None:
     Raises:
         ValueError: for a coordinator that does not answer, and numbers that do not fit.
     """
-    given = (config.launch.coordinator, config.launch.num_processes, config.launch.process_id)
-    if config.launch.detect or any(value is not None for value in given):
-        parallel.initialize(given[0], num_processes=given[1], process_id=given[2])
+    given = dataclasses.asdict(config.launch)
+    detect, timeout = given.pop("detect"), given.pop("timeout")
+    if detect or any(value is not None for value in given.values()):
+        parallel.initialize(**given, timeout=timeout)
 
 
 def build_mesh(config: RunConfig) -> jax.sharding.Mesh:
@@ -325,6 +326,7 @@ def train(
         flip=config.data.flip,
         process_index=index,
         process_count=count,
+        num_threads=config.data.threads,
     )
     store = CheckpointStore(run_dir / "checkpoints", keep=config.keep_checkpoints)
     several = mesh if mesh.size > 1 else None
