@@ -343,28 +343,67 @@ def _moved(
     computations: dict[str, list[_Instruction]],
 ) -> int:
     """Bytes that an operation reads and writes in the device's large memory."""
+    kind = instruction.kind
     inputs = [_bytes(shapes.get(name, ""), False) for name in instruction.operands]
     output = _bytes(instruction.shape, False)
-    if instruction.kind in ("dynamic-slice", "gather", "slice"):
+    if kind in ("dynamic-slice", "gather", "slice"):
         return 2 * output
-    if instruction.kind.endswith("-start"):  # counted where it is done
-        return 0
-    if instruction.kind in ("copy-done", "slice-done"):
-        return _bytes(instruction.shape) + output
-    if instruction.kind == "dynamic-update-slice":
+    if kind == "dynamic-update-slice":
         return 2 * inputs[1]
-    for name in _called(instruction) if instruction.kind == "fusion" else ():
-        inside = computations.get(name, [])
-        local = {i.name: i for i in inside}
-        places = {i.name: int(i.text.split(")")[0]) for i in inside if i.kind == "parameter"}
-        for parameter, place in places.items():
-            users = [i for i in inside if parameter in i.operands]
-            if users and all(i.kind == "dynamic-slice" for i in users):
-                inputs[place] = sum(_bytes(i.shape) for i in users)
-            for user in users:
-                if user.kind == "dynamic-update-slice" and user.operands[0] == parameter:
-                    inputs[place] = 0
-                    whole = _bytes(local[parameter].shape, False)
-                    update = local.get(user.operands[1])
-                    output += (_bytes(update.shape) if update else 0) - whole
-    return sum(inputs) + max(output, 0)
+    if kind.endswith("-start"):  # counted where it is done
+        return 0
+    if kind in ("copy-done", "slice-done"):
+        return _bytes(instruction.shape) + output
+    if kind != "fusion":
+        return sum(inputs) + output
+    (name,) = _called(instruction)
+    inside = {i.name: i for i in computations[name]}
+    used = [min(size, _read(name, place, computations)) for place, size in enumerate(inputs)]
+    results = [list(inside.values())[-1]]
+    if results[0].kind == "tuple":
+        results = [inside[operand] for operand in results[0].operands]
+    sizes = [_bytes(part.group(0), False) for part in _ARRAY.finditer(instruction.shape)]
+    if len(sizes) != len(results):  # one operation that returns several arrays
+        return int(sum(used) + output)
+    written = [
+        size if (part := _updated(result, inside, computations)) is None else part
+        for result, size in zip(results, sizes, strict=True)
+    ]
+    return int(sum(used) + sum(written))
+
+
+def _read(name: str, place: int, computations: dict[str, list[_Instruction]]) -> float:
+    """Bytes that a fusion reads of an operand: of what it slices alone, the slices."""
+    inside = computations[name]
+    names = {i.name for i in inside if i.kind == "parameter" and i.text.startswith(f"{place})")}
+    total = 0.0
+    for user in inside:
+        for at, operand in enumerate(user.operands):
+            if operand not in names:
+                continue
+            if user.kind == "bitcast":
+                names.add(user.name)
+            elif user.kind == "dynamic-slice":
+                total += _bytes(user.shape) if at == 0 else 0
+            elif user.kind == "fusion":
+                total += _read(_called(user)[0], at, computations)
+            elif user.kind != "dynamic-update-slice" or at > 0:
+                return math.inf
+    return total
+
+
+def _updated(
+    result: _Instruction,
+    inside: dict[str, _Instruction],
+    computations: dict[str, list[_Instruction]],
+) -> int | None:
+    """Bytes of what a fusion replaces within an array; None if it writes all of its result."""
+    if result.kind == "bitcast":
+        return _updated(inside[result.operands[0]], inside, computations)
+    if result.kind == "fusion":
+        nested = {i.name: i for i in computations[_called(result)[0]]}
+        last = list(nested.values())[-1]
+        return None if last.kind == "tuple" else _updated(last, nested, computations)
+    if result.kind == "dynamic-update-slice":
+        return _bytes(inside[result.operands[1]].shape)
+    return None

@@ -230,6 +230,10 @@ def launch(config: RunConfig) -> None:
     detect, timeout = given.pop("detect"), given.pop("timeout")
     if detect or any(value is not None for value in given.values()):
         parallel.initialize(**given, timeout=timeout)
+        say(
+            f"{jax.process_count()} processes. If one of them is killed, JAX ends the others within "
+            "two minutes: start all of them again, and the same command goes on."
+        )
 
 
 def build_mesh(config: RunConfig) -> jax.sharding.Mesh:
