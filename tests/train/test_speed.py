@@ -1,6 +1,8 @@
 """Knobs of memory and speed, and what the log says of them."""
 
 import dataclasses
+import platform
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from train.core.config import (
     to_json,
 )
 from train.core.data import DataInfo
+from train.core.runner import keep_programs
 from train.pretraining.recipe import Config
 
 IMAGES = DataInfo((8, 8, 1), 10, classes=tuple(range(10)), pixels=True)
@@ -107,3 +110,16 @@ def test_a_large_held_out_set_is_measured_by_a_part_that_never_changes():
     chosen = evaluation.references(200_000)
     assert len(chosen) == 50_000 == len(set(chosen.tolist()))
     assert (np.diff(chosen) > 0).all() and (chosen == evaluation.references(200_000)).all()
+
+
+def test_programs_are_kept_where_one_says_or_for_this_processor(tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: found.update({name: value}))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    keep_programs()
+    assert found["jax_compilation_cache_dir"] == str(tmp_path)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    keep_programs()
+    folder = Path(found["jax_compilation_cache_dir"])
+    assert folder.parent == Path.home() / ".cache" / "jaxdiff"
+    assert folder.name.startswith(platform.machine())

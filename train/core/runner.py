@@ -231,8 +231,8 @@ def launch(config: RunConfig) -> None:
     if detect or any(value is not None for value in given.values()):
         parallel.initialize(**given, timeout=timeout)
         say(
-            f"{jax.process_count()} processes. If one of them is killed, JAX ends the others within "
-            "two minutes: start all of them again, and the same command goes on."
+            f"{jax.process_count()} processes. If one is killed, JAX ends the others within two "
+            "minutes: start all of them again, and the same command goes on."
         )
 
 
