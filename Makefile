@@ -31,10 +31,9 @@ format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# Half an hour; make bench ARGS="--only train_step" a part, ARGS="--baseline before.json" beside another.
 bench: $(READY)
-	$(PY) -m benchmarks.run
-	$(PY) -m benchmarks.geometry
-	$(PY) -m benchmarks.gradients
+	$(PY) -m benchmarks $(ARGS)
 
 # The orders of the solvers, for METHODS.md; minutes.
 orders: $(READY)

@@ -1,1 +1,6 @@
-"""Benchmarks: ratios to hand-written code, measured in one process."""
+"""Benchmarks: ratios to hand-written code in one process, sizes of programs, and rates."""
+
+import os
+
+# Small factorisations are slower on several threads, and far slower on a busy machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

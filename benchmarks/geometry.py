@@ -11,14 +11,13 @@ of iterations after which its error is below the goal, or 50. "Error" is the sin
 between the subspaces, in the Frobenius norm; the truth is a dense Jacobian where that fits.
 """
 
+import dataclasses
 import functools
-import os
 import resource
 import sys
 import time
-
-# Small factorisations are slower on several threads, and far slower on a busy machine.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,11 @@ import numpy as np
 from flax import nnx
 
 import jaxdiff
-from benchmarks.measure import paired_ratio
+from benchmarks.measure import Record, paired
+from benchmarks.training import small_unet
 from jaxdiff import networks, processes
 from jaxdiff.geometry import GolubKahanLanczos, SubspaceIteration, TapFeature, jacobian_svd
+from jaxdiff.training import load_run
 
 RANK, GOAL, PUBLISHED_ITERATIONS = 10, 1e-3, 50
 KEY = jax.random.key(0)
@@ -79,8 +80,18 @@ def truth(f, x):
     return jacobian_svd(jax.random.key(9), f, x, RANK, method=method).right.reshape(RANK, -1).T
 
 
-def compare(denoiser, t, rounds, methods):
-    """Products and time to the goal, ours over theirs."""
+class Found(NamedTuple):
+    """A method's subspace: what it cost, relative to power iteration, and how wrong it is."""
+
+    method: str
+    products: int
+    share: float
+    error: float
+    time: Record
+
+
+def compare(denoiser, t, rounds, methods) -> Iterator[Found]:
+    """Products and time to the goal, of power iteration first and then of ours over its."""
     f, x = feature(denoiser, t)
     exact, chunk = truth(f, x), 10
     bases = jax.jit(lambda f, x: power_iteration(f, x, RANK, PUBLISHED_ITERATIONS, chunk))(f, x)
@@ -88,7 +99,8 @@ def compare(denoiser, t, rounds, methods):
     reached = next((i + 1 for i, e in enumerate(errors) if e < GOAL), PUBLISHED_ITERATIONS)
     theirs = jax.jit(lambda f, x: power_iteration(f, x, RANK, reached, chunk)[-1])
     their_products = 2 * RANK * reached
-    print(f"t = {t}: power iteration {their_products} products, error {errors[reached - 1]:.1e}")
+    itself = Record.of("time", [1.0], "", "ratio")
+    yield Found("power iteration", their_products, 1.0, errors[reached - 1], itself)
     for method in methods:
 
         def ours(method=method):
@@ -96,30 +108,25 @@ def compare(denoiser, t, rounds, methods):
 
         out = ours()
         error = angle(out.right.reshape(RANK, -1).T, exact)
-        median, low, high = paired_ratio(ours, lambda: theirs(f, x), rounds=rounds, warm=1)
-        name = type(method).__name__ + (
-            f"(block={method.block})" if getattr(method, "block", None) else "()"
-        )
-        print(
-            f"  {name:28s} {int(out.products):4d} products ({out.products / their_products:.2f}), "
-            f"error {error:.1e}, time {median:.2f} [{low:.2f}, {high:.2f}]",
-            flush=True,
-        )
+        block = getattr(method, "block", None)
+        name = type(method).__name__ + (f"(block={block})" if block else "")
+        products = int(out.products)
+        spent = paired("time", ours, lambda: theirs(f, x), rounds=rounds, warm=1)
+        yield Found(name, products, products / their_products, error, spent)
 
 
-def memory(denoiser):
+def memory(denoiser) -> Iterator[Record]:
     """Scratch memory of the compiled program, without bases, for ranks and chunks."""
     f, x = feature(denoiser, 0.5)
-    print("scratch memory, MiB   " + "".join(f"{f'r={r}':>9s}" for r in (10, 50)))
     for chunk in (1, 5, 10):
-        row = []
         for rank in (10, 50):
             method = SubspaceIteration(oversample=0)
             options = {"method": method, "chunk": chunk}
             solve = jax.jit(functools.partial(_values, rank=rank, **options))
-            compiled = solve.lower(f, x).compile()
-            row.append(compiled.memory_analysis().temp_size_in_bytes / 2**20)
-        print(f"  chunk {chunk:2d}            " + "".join(f"{m:9.0f}" for m in row), flush=True)
+            held = solve.lower(f, x).compile().memory_analysis().temp_size_in_bytes
+            yield Record.of(
+                f"scratch of rank {rank} in chunks of {chunk}", [held / 1e6], "MB", "bytes"
+            )
 
 
 def _values(f, x, *, rank, **options):
@@ -141,29 +148,46 @@ def large_rank(denoiser):
     )
 
 
+def all_methods():
+    """Every method to the goal."""
+    lanczos = GolubKahanLanczos(tolerance=GOAL, max_iterations=60)
+    small = GolubKahanLanczos(block=2, tolerance=GOAL, max_iterations=60)
+    return [lanczos, small, SubspaceIteration(tolerance=GOAL)]
+
+
+def spectra() -> Iterator[Record]:
+    """The untrained UNet for 8x8 images, whose spectrum is as flat at any t."""
+    denoiser = jaxdiff.NetworkDenoiser(small_unet(), processes.VP())
+    _, *found = compare(denoiser, 0.5, 9, all_methods())
+    for method, _, share, error, spent in found:
+        assert error < 2 * GOAL, (method, error)
+        yield Record.of(f"{method}, products / power iteration", [share], "", "ratio")
+        yield dataclasses.replace(spent, name=f"{method}, time / power iteration")
+    yield from memory(denoiser)
+
+
 def main() -> None:
     """See the module."""
     large = "--large" in sys.argv
     directories = [arg for arg in sys.argv[1:] if not arg.startswith("--")]
     if directories:
-        from jaxdiff.training import load_run
-
         denoiser = load_run(directories[0]).model
-    elif large:
-        denoiser = jaxdiff.NetworkDenoiser(networks.UNet(rngs=nnx.Rngs(0)), processes.VP())
     else:
-        from benchmarks.run import small_unet
-
-        denoiser = jaxdiff.NetworkDenoiser(small_unet(), processes.VP())
+        network = networks.UNet(rngs=nnx.Rngs(0)) if large else small_unet()
+        denoiser = jaxdiff.NetworkDenoiser(network, processes.VP())
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; h-space, rank {RANK}")
-    lanczos = GolubKahanLanczos(tolerance=GOAL, max_iterations=60)
-    if large:
-        compare(denoiser, 0.5, 2, [lanczos])
-    else:
-        small = GolubKahanLanczos(block=2, tolerance=GOAL, max_iterations=60)
-        for t in (0.1, 0.5, 0.9):
-            compare(denoiser, t, 9, [lanczos, small, SubspaceIteration(tolerance=GOAL)])
-    memory(denoiser)
+    times, rounds, methods = (
+        ((0.5,), 2, all_methods()[:1]) if large else ((0.1, 0.5, 0.9), 9, all_methods())
+    )
+    for t in times:
+        for method, products, share, error, spent in compare(denoiser, t, rounds, methods):
+            print(
+                f"t = {t}, {method:28s} {products:4d} products ({share:.2f}), error {error:.1e}, "
+                f"time {spent.value:.2f} [{spent.low:.2f}, {spent.high:.2f}]",
+                flush=True,
+            )
+    for record in memory(denoiser):
+        print(record, flush=True)
     if large:
         large_rank(denoiser)
 

@@ -2,14 +2,16 @@
 
 The loop is a `lax.scan` of `jax.checkpoint` over DDIM's steps, which keeps the state of every step
 and computes each step once more. Memory is XLA's own count of temporary buffers; times alternate in
-one process. Run by `make bench`.
+one process.
 """
+
+from collections.abc import Iterator
 
 import jax
 from flax import nnx
 
 import jaxdiff
-from benchmarks.measure import paired_ratio
+from benchmarks.measure import Record, paired
 from jaxdiff import networks, predictions, processes
 
 PROCESS = processes.Cosine()
@@ -73,23 +75,22 @@ def megabytes(compiled) -> float:
     return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
-def main() -> None:
-    """Print the table."""
-    print(f"{'weight gradient through S steps of DDIM':58s} {'MB':>8s} {'hand':>8s} {'time':>6s}")
-    for name, make in (("MLP", mlp), ("UNet", unet)):
+def weight_gradients() -> Iterator[Record]:
+    """Memory through few steps and many, and time; the UNet's, minutes on a CPU, through few."""
+    for name, make, timed in (("MLP", mlp, STEPS), ("UNet", unet, STEPS[:1])):
         network, shape = make()
         x = jax.random.normal(jax.random.key(1), shape)
         for steps in STEPS:
             ours, hand = (gradient(fn, network, x, steps) for fn in (by_sampler, by_hand))
-            rounds = 15 if name == "MLP" else 3
-            ratio = paired_ratio(lambda: ours(network, x), lambda: hand(network, x), rounds=rounds)  # noqa: B023
-            label = f"{name}, S = {steps}, batch {shape[0]}"
-            print(
-                f"{label:58s} {megabytes(ours):8.2f} {megabytes(hand):8.2f} {ratio[0]:6.3f}  "
-                f"[{ratio[1]:.3f}, {ratio[2]:.3f}]",
-                flush=True,
-            )
-
-
-if __name__ == "__main__":
-    main()
+            label = f"{name}, {steps} steps of DDIM, batch {shape[0]}"
+            held = megabytes(ours)
+            yield Record.of(f"{label}, memory", [held], "MB", "bytes")
+            yield Record.of(f"{label}, memory / by hand", [held / megabytes(hand)], "", "ratio")
+            if steps in timed:
+                yield paired(
+                    f"{label}, time / by hand",
+                    lambda: ours(network, x),  # noqa: B023
+                    lambda: hand(network, x),  # noqa: B023
+                    rounds=15 if name == "MLP" else 3,
+                    warm=0,
+                )

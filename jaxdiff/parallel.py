@@ -16,8 +16,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jax.custom_derivatives import linear_call
 from jax.experimental import multihost_utils
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import PyTree
@@ -486,13 +487,35 @@ def on_mesh(shardings: PyTree) -> contextlib.AbstractContextManager:
 
 
 def _gather(leaf: jax.Array, split: NamedSharding) -> jax.Array:
-    """A linear map, so that both modes of differentiation pass; the sharding moves, no number."""
+    """Whole along the batch's axes; the gradient is split. The sharding moves, and no number."""
     whole = _without_batch_axes(split)
     if whole is split:
         return leaf
-    return linear_call(
-        lambda _, weights: jax.lax.with_sharding_constraint(weights, whole),
-        lambda _, cotangent: jax.lax.with_sharding_constraint(cotangent, split),
-        (),
-        leaf,
-    )
+    return _place_p.bind(leaf, here=whole, back=split)
+
+
+def _placed(leaf: jax.Array, *, here: NamedSharding, back: NamedSharding) -> jax.Array:
+    del back
+    return jax.lax.with_sharding_constraint(leaf, here)
+
+
+def _batched_place(args, dims, *, here, back):
+    """Of a batch of weights the new axis lies where the compiler likes."""
+    (leaf,), (dim,) = args, dims
+
+    def longer(sharding):
+        spec = [*sharding.spec, *[None] * (leaf.ndim - 1 - len(sharding.spec))]
+        spec.insert(dim, PartitionSpec.UNCONSTRAINED)
+        return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+    return _place_p.bind(leaf, here=longer(here), back=longer(back)), dim
+
+
+# A linear map, of which both modes of differentiation and `vmap` know all they need; JAX's own
+# constraint would have the gradient placed as the weights are.
+_place_p = Primitive("place")
+_place_p.def_impl(_placed)
+_place_p.def_abstract_eval(lambda leaf, *, here, back: leaf)
+ad.deflinear2(_place_p, lambda ct, leaf, *, here, back: [_place_p.bind(ct, here=back, back=here)])
+batching.primitive_batchers[_place_p] = _batched_place
+mlir.register_lowering(_place_p, mlir.lower_fun(_placed, multiple_results=False))

@@ -23,6 +23,7 @@ from jaxdiff.training import (
     TrainState,
     init_train_state,
     make_train_step,
+    outline,
 )
 
 
@@ -307,7 +308,7 @@ def test_players_are_made_in_parts_and_train_the_same(axes):
     assert parallel.specs(placed, mesh, rules=TENSOR_RULES) == chosen
     for mine, hers in zip(state.arrays, TrainState.pack(**placed).arrays, strict=True):
         assert mine.sharding.is_equivalent_to(hers.sharding, mine.ndim)
-    step, whole = make_train_step(eqx.filter_eval_shape(build)), make_train_step(build())
+    step, whole = make_train_step(outline(build)), make_train_step(build())
     for _ in range(2):
         state, metrics = step(state, examples(mesh))
         expected, hers = whole(expected, examples())
@@ -346,3 +347,54 @@ def test_blocks_gather_their_weights_where_they_compute_and_nothing_else_moves()
     rest = sum(4 * leaf.size for leaf in jax.tree.leaves(network)) - weights
     assert outside <= rest
     assert not any(c.kind == "all-to-all" for c in found)
+
+
+def test_masks_are_seen_and_weights_may_be_a_batch(x64):
+    """What is not a model keeps its numbers in an outline; vmap passes the gathers."""
+    mesh, key = parallel.make_mesh(data=2, fsdp=4), jax.random.key(0)
+
+    def ensemble(model, key, batch, frozen):
+        arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+
+        def one(size):
+            moved = eqx.combine(jax.tree.map(lambda w: w * size, arrays), rest)
+            times = jnp.linspace(0.2, 0.8, len(batch["x"]))
+            return jnp.mean((jax.vmap(moved)(batch["x"], times, batch["cond"]) - batch["x"]) ** 2)
+
+        return jnp.sum(jax.vmap(one)(jnp.array([0.9, 1.1]))), {}
+
+    def wide(leaf):
+        return leaf.astype(float) if eqx.is_inexact_array(leaf) else leaf
+
+    def players():
+        found = jax.tree.map(wide, build())
+        part = found["model"].model.network
+        mask = jax.tree.map(lambda w: jnp.arange(w.shape[-1]) % 2 == 0, part)
+        found["model"] = dataclasses.replace(found["model"], loss=ensemble, mask=mask)
+        return found
+
+    state = init_train_state(players, key, mesh=mesh, rules=TENSOR_RULES)
+    expected = init_train_state(players(), key)
+    step, whole = make_train_step(outline(players)), make_train_step(players())
+    begun = [np.array(array) for array in jax.tree.leaves(expected.players["model"].model)]
+    state, _ = step(state, examples(mesh))
+    expected, _ = whole(expected, examples())
+    moved = zip(begun, jax.tree.leaves(state.players["model"].model), strict=True)
+    changes = [np.asarray(after) - before for before, after in moved if before.ndim]
+    assert all(not change[..., 1::2].any() for change in changes)
+    assert any(change[..., ::2].any() for change in changes)
+    for mine, hers in zip(state.arrays, expected.arrays, strict=True):
+        np.testing.assert_allclose(mine, hers, rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match="must have numbers in its loss, mask.*outline"):
+        make_train_step(eqx.filter_eval_shape(players))
+
+
+def test_steps_run_within_a_loop(players):
+    step, state = make_train_step(players), init_train_state(players, jax.random.key(0))
+    looped, _ = jax.jit(
+        lambda state: jax.lax.scan(lambda s, _: (step(s, examples())[0], None), state, None, 2)
+    )(jax.tree.map(jnp.copy, state))
+    for _ in range(2):
+        state, _ = step(state, examples())
+    for mine, hers in zip(looped.arrays, state.arrays, strict=True):
+        np.testing.assert_allclose(mine, hers, rtol=1e-5, atol=1e-6)

@@ -67,7 +67,8 @@ class RecordSource:
 
     def __getitem__(self, index: int | np.ndarray) -> dict[str, Any]:
         """One example, or the stacked examples of an integer array of indices."""
-        rows = np.atleast_1d(self.indices[index])
+        found = self.indices[index]
+        rows = np.atleast_1d(found)
         try:
             records = self.reader.__getitems__(rows)
         except RuntimeError:
@@ -77,7 +78,7 @@ class RecordSource:
             x = reduction(x)
         x = from_bytes(x) if x.dtype == np.uint8 else x
         batch = {"x": x} if cond is None else {"x": x, "cond": cond}
-        return jax.tree.map(lambda leaf: leaf[0], batch) if np.ndim(index) == 0 else batch
+        return jax.tree.map(lambda leaf: leaf[0], batch) if np.ndim(found) == 0 else batch
 
     def _damage(self, rows: np.ndarray) -> str:
         """Which of these records cannot be read, and why."""

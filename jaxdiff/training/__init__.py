@@ -23,3 +23,4 @@ from jaxdiff.training._step import TrainState as TrainState
 from jaxdiff.training._step import init_train_state as init_train_state
 from jaxdiff.training._step import make_train_step as make_train_step
 from jaxdiff.training._step import next_phase as next_phase
+from jaxdiff.training._step import outline as outline

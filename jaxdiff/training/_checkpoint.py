@@ -144,7 +144,8 @@ class CheckpointStore:
             data_state: what the data iterator's `get_state` returned; JSON.
             config: configuration of the run; JSON.
             wait: until it is complete. Else only until the arrays are copied, so that the caller
-                may donate them; the rest is written meanwhile, and `wait` waits for it.
+                may donate them; the rest is written meanwhile, and `wait` waits for it, which a
+                program must call before it ends.
 
         Raises:
             CheckpointError: if it, or the one before, could not be written. Earlier checkpoints
@@ -162,6 +163,7 @@ class CheckpointStore:
             "layout": LAYOUT,
             "versions": _versions(),
         }
+        meta = json.loads(json.dumps(meta))  # what is no JSON is told here
         args = ocp.args.Composite(
             arrays=ocp.args.PyTreeSave(list(leaves.values())), meta=ocp.args.JsonSave(meta)
         )
@@ -198,12 +200,15 @@ class CheckpointStore:
         """
         if self._writing is None:
             return
-        (step, writing), self._writing = self._writing, None
+        step, writing = self._writing
         try:
             writing.result()
             wait_for_all("checkpoint has its name")
         except (OSError, ValueError, RuntimeError) as error:
             self._refuse(step, error)
+        finally:
+            if writing.done():  # Ctrl-C here leaves it being written
+                self._writing = None
 
     def _refuse(self, step: int, error: Exception) -> None:
         self._remove_unfinished()
@@ -289,6 +294,7 @@ class CheckpointStore:
         Raises:
             ValueError: if there is none of this step, if it is damaged, or of another model.
         """
+        self.wait()
         if step not in self.steps():
             raise ValueError(
                 f"`step` must be one of {self.steps()}, those in {self.directory}, got {step}."
@@ -308,6 +314,7 @@ class CheckpointStore:
 
     def _newest(self) -> int | None:
         """Step of the newest checkpoint that is whole."""
+        self.wait()
         steps = self.steps()
         for step in reversed(steps):
             try:

@@ -250,7 +250,7 @@ def init_train_state(
     Args:
         players: by name; or a function that makes them. On a mesh that function is compiled, and
             each device makes its own part: nothing is ever whole on one. `make_train_step` then
-            takes `equinox.filter_eval_shape(players)`, which has shapes alone.
+            takes `outline(players)`.
         key: typed PRNG key, a scalar, of which every step has its own.
         mesh: the devices over which the state is split, see `parallel.shard_params`; None for
             one device.
@@ -283,6 +283,30 @@ def init_train_state(
     placed = jax.tree.map(lambda leaf: leaf.sharding, jax.tree.leaves(shapes))
     leaves = jax.jit(lambda: jax.tree.leaves(make()), out_shardings=placed)()
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def outline(build: Callable[[], dict[str, Player]]) -> dict[str, Player]:
+    """Players with shapes in place of their models' arrays, and all else as it is.
+
+    For `make_train_step`, where no device could hold the models, and to restore into.
+
+    Args:
+        build: makes the players. It is traced: arrays of losses and masks must be in their fields,
+            and not closed over.
+
+    Returns:
+        The players by name.
+    """
+    shapes = eqx.filter_eval_shape(build)
+    check_players(shapes)
+
+    # The compiler leaves out the models, which are not returned.
+    @eqx.filter_jit
+    def rest():
+        return {name: dataclasses.replace(p, model=None) for name, p in build().items()}
+
+    found = rest()
+    return {name: dataclasses.replace(found[name], model=p.model) for name, p in shapes.items()}
 
 
 def check_players(players: Any) -> None:
@@ -547,7 +571,13 @@ class TrainStep:
         check_players(players)
 
         # Pairs, since a dict is rebuilt in the order of its keys.
-        def rule(player: Player) -> Player:
+        def rule(name: str, player: Player) -> Player:
+            numbers = (player.loss, player.mask, player.ema, player.every)
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(numbers)):
+                raise ValueError(
+                    f"The player {name!r} must have numbers in its loss, mask, average and "
+                    "`every`, got shapes; its model alone may have them. Pass outline(build)."
+                )
             check_scalars(player.loss, player.ema)
             numbers = traced_floats((player.loss, player.ema, player.every))
             loss, ema, every = numbers
@@ -556,7 +586,7 @@ class TrainStep:
                 player, model=None, loss=loss, ema=ema, every=every, mask=mask
             )
 
-        self._rules = [(name, rule(player)) for name, player in players.items()]
+        self._rules = [(name, rule(name, player)) for name, player in players.items()]
 
     def __call__(
         self, state: TrainState, batch: PyTree, constants: dict[str, PyTree] | None = None
@@ -620,12 +650,12 @@ class TrainStep:
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     """An array's shape; its placement only if it is on a mesh, and not just on this machine."""
-    on_mesh = isinstance(leaf.sharding, NamedSharding)
+    sharding = getattr(leaf, "sharding", None)  # arrays of NumPy have none
     return jax.ShapeDtypeStruct(
         leaf.shape,
         leaf.dtype,
-        sharding=leaf.sharding if on_mesh else None,
-        weak_type=leaf.weak_type,
+        sharding=sharding if isinstance(sharding, NamedSharding) else None,
+        weak_type=getattr(leaf, "weak_type", False),
     )
 
 
@@ -707,7 +737,8 @@ def _seen(states: dict[str, PlayerState], placed: dict[str, PlayerState]) -> dic
 
 def placement(state: TrainState) -> tuple[NamedSharding, ...] | None:
     """Where the arrays of a state are on a mesh; None on one device."""
-    found = [array.sharding for array in state.arrays]
+    # What is traced, as in a loop over steps, does not say where it is.
+    found = [getattr(array, "sharding", None) for array in state.arrays]
     named = tuple(sharding for sharding in found if isinstance(sharding, NamedSharding))
     return named if found and len(named) == len(found) else None
 

@@ -33,6 +33,7 @@ from jaxdiff.training import (
     init_train_state,
     load_run,
     make_train_step,
+    outline,
     save_model,
 )
 from train.core import figures
@@ -291,6 +292,15 @@ class Profiled:
             jax.profiler.stop_trace()
         return out
 
+    def close(self) -> None:
+        """Finish a trace that the run's end has cut short."""
+        if self.first < self.calls < self.last:
+            jax.profiler.stop_trace()
+        elif self.calls <= self.first:
+            say(
+                f"The profiler saw nothing: it lets {self.first} steps pass, and no more were left."
+            )
+
 
 def train(
     config: RunConfig,
@@ -340,7 +350,7 @@ def train(
         begin[sampled] = begin_from(begin[sampled], config.init_from)
     elif several is None:
         begin = build()
-    players = eqx.filter_eval_shape(begin) if callable(begin) else begin
+    players = outline(begin) if callable(begin) else begin
     if first:
         save_model(run_dir, players, **dataclasses.asdict(info))
     key = jax.random.key(config.seed)
@@ -371,10 +381,12 @@ def train(
             log.flops = step.flops(begun, batch)
         return batch
 
-    watched = config.profile and first
+    profiled = None
+    if config.profile and first:
+        profiled = Profiled(step, config.profile, run_dir / "profile")
     try:
         state = fit(
-            Profiled(step, config.profile, run_dir / "profile") if watched else step,
+            profiled or step,
             state,
             batches,
             num_steps=config.steps,
@@ -386,6 +398,8 @@ def train(
         )
     finally:
         log.close()
+        if profiled is not None:
+            profiled.close()
     if first:
         figures.loss_curve(run_dir)
     settings = config.evaluation

@@ -1,19 +1,15 @@
-"""`make bench`: ratios to hand-written code on the same network, alternating in one process."""
+"""What `make_train_step` costs over a step written by hand."""
 
-import resource
-import time
+from collections.abc import Iterator
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
 import jaxdiff
-from benchmarks import solvers
-from benchmarks.measure import paired_ratio, report
-from jaxdiff import losses, networks, predictions, processes
-from jaxdiff.solvers import DDIM
+from benchmarks.measure import Record, paired
+from jaxdiff import losses, networks, processes
 from jaxdiff.training import Player, init_train_state, make_train_step
 
 
@@ -31,7 +27,7 @@ def small_unet() -> networks.UNet:
     )
 
 
-def train_step() -> None:
+def train_step() -> Iterator[Record]:
     """`make_train_step` against a minimal optax step with the same loss, optimiser and network."""
     process, loss = processes.VP(), losses.DenoisingLoss(null_cond=10)
     batch = {
@@ -74,46 +70,4 @@ def train_step() -> None:
             *theirs_state[:], value = minimal(*theirs_state, key, batch)
         return value
 
-    report(
-        "train step / minimal optax step, 8x8x1 UNet, batch 64",
-        "<= 1.03",
-        paired_ratio(ours, theirs),
-    )
-
-
-class Tiny(nnx.Module):
-    """One convolution: what remains is the sampler's own cost."""
-
-    def __init__(self):
-        self.conv = nnx.Conv(1, 1, (3, 3), rngs=nnx.Rngs(0))
-
-    def __call__(self, x, t, cond=None, *, key=None):
-        """The convolved image, a little shrunk."""
-        return 0.5 * self.conv(x) * jnp.cos(t)
-
-
-def first_sample() -> None:
-    """Seconds from a call to its first result, compilation included."""
-    denoiser = jaxdiff.NetworkDenoiser(solvers.unet(8, 1, 32), processes.VP(), predictions.V())
-    for name, solver in (("DDIM", DDIM()), ("diffrax.Heun", diffrax.Heun())):
-        begun = time.perf_counter()
-        out = jaxdiff.sample(jax.random.key(0), denoiser, (8, 8, 1), 64, solver=solver, times=20)
-        jax.block_until_ready(out)
-        print(f"time to first sample, {name:37s} {time.perf_counter() - begun:6.2f} s", flush=True)
-
-
-def main() -> None:
-    """Run all of it."""
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; median [quartiles]")
-    first_sample()
-    train_step()
-    times = processes.VP().times(20)
-    for name in ("DDIM", "Ancestral"):
-        solvers.compare(name, Tiny(), (8, 8, 1), 64, times, 15, "one convolution, ")
-    solvers.main()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{'peak memory of this process':58s} {peak:6.0f} MiB")
-
-
-if __name__ == "__main__":
-    main()
+    yield paired("make_train_step / minimal optax step, 8x8x1 UNet, batch 64", ours, theirs)
