@@ -224,8 +224,16 @@ def read_program(text: str, *, trips: int = 1) -> Program:
 
     Returns:
         A `Program`.
+
+    Raises:
+        ValueError: for a text that is no compiled program's.
     """
     entry, computations = _parsed(text)
+    if not computations.get(entry):
+        raise ValueError(
+            "`text` must be that of a compiled program, got one without an ENTRY computation. Pass "
+            "`jax.jit(f).lower(*args).compile().as_text()`."
+        )
     times: dict[str, int] = {}
     loops: dict[str, bool] = {}
 

@@ -23,6 +23,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import PyTree
 
+from jaxdiff._checks import check_count
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 MIN_SIZE = 2**12
@@ -48,12 +50,14 @@ def make_mesh(
         devices: devices to use.
 
     Raises:
+        TypeError: for an axis that is no whole number.
         ValueError: if the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    fsdp, tensor = check_count("fsdp", fsdp), check_count("tensor", tensor)
     rest = fsdp * tensor
-    data = len(devices) // max(rest, 1) if data is None else data
-    if data * rest != len(devices):
+    data = len(devices) // rest if data is None else check_count("data", data)
+    if not devices or data * rest != len(devices):
         raise ValueError(
             f"`data` * `fsdp` * `tensor` must be the number of devices, {len(devices)}; got "
             f"{data} * {fsdp} * {tensor}. Pass fewer devices, or other axes."
@@ -103,6 +107,12 @@ def initialize(
         )
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
+        if coordinator is None:
+            raise ValueError(
+                "`coordinator` must be given where the environment does not say it, as SLURM, "
+                "Kubernetes, Cloud TPU and Open MPI do, with `num_processes` and `process_id`: "
+                f"{reason}"
+            ) from None
         raise ValueError(
             f"`coordinator` must be the address of process 0, which runs, got {coordinator}: "
             f"{reason}"
@@ -270,7 +280,12 @@ def specs(
 
     Returns:
         The same tree, with a `PartitionSpec` for each array and None for what is none.
+
+    Raises:
+        ValueError: for a rule that is not a pattern and axes, of which only "tensor" is a rule's to
+            give: batches are split over "data", and "fsdp" is chosen by size.
     """
+    _check_rules(rules)
     count = mesh.shape["fsdp"]
 
     def choose(path, leaf):
@@ -291,6 +306,22 @@ def specs(
         return PartitionSpec(*spec)
 
     return tree_map_with_path(choose, tree)
+
+
+def _check_rules(rules: Rules) -> None:
+    for rule in rules:
+        try:
+            pattern, axes = rule
+            good = bool(re.compile(pattern)) and set(axes) <= {None, "tensor"}
+            good &= list(axes).count("tensor") < 2
+        except (TypeError, ValueError, AttributeError, re.error):
+            good = False
+        if not good:
+            raise ValueError(
+                "`rules` must be pairs of a regular expression and the mesh axis of each of the "
+                f'last dimensions, "tensor" once or None, got {rule!r}. Write e.g. '
+                '("first/kernel$", (None, "tensor")).'
+            )
 
 
 def path_of(path: tuple) -> str:

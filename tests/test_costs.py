@@ -175,3 +175,8 @@ def test_chips_are_known_by_the_longest_name_that_fits():
     Device.device_kind = "NVIDIA H100 80GB HBM3"
     assert chip_of(Device()).flops == 989e12
     assert chip_of(jax.devices()[0]) is None
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="without an ENTRY computation"):
+        read_program("")

@@ -23,6 +23,7 @@ from jaxdiff.training import (
     TrainState,
     init_train_state,
     make_train_step,
+    next_phase,
     outline,
 )
 
@@ -32,6 +33,10 @@ def test_mesh_axes_multiply_to_the_devices():
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     with pytest.raises(ValueError, match="number of devices, 8"):
         parallel.make_mesh(3)
+    with pytest.raises(ValueError, match="number of devices, 0"):
+        parallel.make_mesh(devices=[])
+    with pytest.raises(TypeError, match="`fsdp` must be a whole number, got 2.0"):
+        parallel.make_mesh(fsdp=2.0)
 
 
 def test_batches_are_split_and_uneven_ones_refused():
@@ -141,6 +146,29 @@ def test_specs_are_chosen_by_path_and_shape_alone(players):
     assert text.splitlines()[-1].split() == ["all", f"{held + 8:,}"]
     (line,) = [row for row in text.splitlines() if "trace/blocks/0/first/kernel" in row]
     assert "(32, 128)" in line and "(fsdp, tensor)" in line and f"{4 * 32 * 128 // 8:,}" in line
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [("kernel$", "tensor"), ("kernel$",), ("(", (None,)), ("kernel$", ("fsdp",))],
+    ids=["text", "no axes", "no pattern", "another axis"],
+)
+def test_rules_that_are_none_are_refused(rule):
+    mesh = parallel.make_mesh(data=1, fsdp=4, tensor=2)
+    with pytest.raises(ValueError, match="`rules` must be pairs"):
+        parallel.specs({"kernel": jnp.ones((64, 64))}, mesh, rules=[rule])
+
+
+def test_a_player_of_the_next_phase_is_split_as_the_others(players):
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    placing = {"mesh": mesh, "min_size": 256}
+    state = init_train_state(players, jax.random.key(0), **placing)
+    both = {**players, "second": players["model"]}
+    after = next_phase(state, both, **placing)
+    old, new = (after.players[name] for name in ("model", "second"))
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    assert all(a.sharding == b.sharding for a, b in pairs)
+    assert any("fsdp" in leaf.sharding.spec for leaf in jax.tree.leaves(new))
 
 
 @pytest.mark.parametrize("axes", [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)])

@@ -83,10 +83,12 @@ class Layout:
         size = self.head.itemsize
         bodies = [record[size:] for record in records]
         if self.encoding == "png":
-            x = np.stack([pixels_of(open_image(body, name), name) for body in bodies])
+            images = [pixels_of(open_image(body, name), name) for body in bodies]
+            x = np.array(images, self.dtype).reshape(len(bodies), *self.shape)
         else:
             # Of a bytearray, because flips are made in place.
-            x = np.frombuffer(bytearray().join(bodies), self.dtype).reshape(-1, *self.shape)
+            x = np.frombuffer(bytearray().join(bodies), self.dtype)
+            x = x.reshape(len(bodies), *self.shape)
         if self.cond is None:
             return x, None
         heads = np.frombuffer(b"".join([record[:size] for record in records]), self.head)

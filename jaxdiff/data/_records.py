@@ -70,7 +70,7 @@ class RecordSource:
         found = self.indices[index]
         rows = np.atleast_1d(found)
         try:
-            records = self.reader.__getitems__(rows)
+            records = self.reader.__getitems__(rows) if len(rows) else []
         except RuntimeError:
             raise ValueError(self._damage(rows)) from None
         x, cond = self.layout.decode(records, f"an image of {str(self.directory)!r}")

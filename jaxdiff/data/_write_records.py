@@ -102,7 +102,8 @@ def to_records(
     """Write the examples of any source, a few in memory at once, for `records` to read.
 
     Where it was interrupted, the same call goes on with the first file that is not whole; where
-    it was not, there is nothing to do.
+    it was not, there is nothing to do. A source is known by its size and 64 of its examples: where
+    others changed since, write to a new directory.
 
     Args:
         source: any random-access source. Where its `dtype` is uint8, images are kept so; its

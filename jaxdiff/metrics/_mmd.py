@@ -1,111 +1,53 @@
-"""Maximum mean discrepancy, and its kernels."""
+"""Maximum mean discrepancy: estimators, their errors, tests, and mean embeddings.
 
-from abc import abstractmethod
+Every sum over pairs is a mean of means by rows, of kernel values less a constant, which changes no
+MMD: what cancels then is of the size of the spread of the values, and not of the values.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jax.lax import Precision
-from jaxtyping import Array, Float, Scalar
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from jaxdiff._checks import check_count, check_kind, check_number
-from jaxdiff._tree import Number, number
-from jaxdiff.metrics._pair import feature_pair
+from jaxdiff._checks import check_count, check_key, check_kind
+from jaxdiff._tree import batched, is_known
+from jaxdiff.metrics._kernels import FiniteKernel, Kernel, Polynomial, dots
+from jaxdiff.metrics._pair import feature_pair, features
 
-
-class Kernel(eqx.Module):
-    """A positive definite kernel on vectors."""
-
-    @abstractmethod
-    def __call__(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
-        """The Gram matrix k(x_i, y_j)."""
-
-
-class Polynomial(Kernel):
-    """k(u, v) = (gamma u.v + offset)^degree; the defaults are those of KID.
-
-    Args:
-        degree: integer >= 1.
-        gamma: > 0; 1 / d if None.
-        offset: >= 0.
-
-    Reference: Binkowski, Sutherland, Arbel, Gretton, "Demystifying MMD GANs", 2018, arXiv
-    1801.01401, section 4.
-    """
-
-    degree: int = eqx.field(default=3, static=True)
-    gamma: Number | None = number(None)
-    offset: Number = number(1.0)
-
-    def __check_init__(self):
-        check_count("degree", self.degree)
-        check_number("gamma", self.gamma, above=0.0)
-        check_number("offset", self.offset, least=0.0)
-
-    def __call__(self, x: Array, y: Array) -> Array:
-        """The Gram matrix."""
-        gamma = 1 / x.shape[1] if self.gamma is None else self.gamma
-        # The differences that matter are a thousandth of the entries: no TF32 or bfloat16 here.
-        products = jnp.matmul(x, y.T, precision=Precision.HIGHEST)
-        return (gamma * products + self.offset) ** self.degree
-
-
-class RBF(Kernel):
-    """k(u, v) = exp(-|u - v|^2 / (2 bandwidth^2)).
-
-    Args:
-        bandwidth: > 0; `median_bandwidth(x, y)` is a usual choice.
-
-    Reference: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", 2012,
-    JMLR 13.
-    """
-
-    bandwidth: Number = number(1.0)
-
-    def __check_init__(self):
-        check_number("bandwidth", self.bandwidth, above=0.0)
-
-    def __call__(self, x: Array, y: Array) -> Array:
-        """The Gram matrix."""
-        return jnp.exp(-_squared_distances(x, y) / (2 * self.bandwidth**2))
-
-
-def median_bandwidth(x: Float[Array, "n *event"], y: Float[Array, "m *event"]) -> Scalar:
-    """The median distance between two different points of the pooled samples.
-
-    Args:
-        x: (n, *event).
-        y: (m, *event).
-
-    Returns:
-        The bandwidth, a scalar.
-
-    Raises:
-        ValueError: for events of different shapes.
-
-    Reference: Gretton et al., "A Kernel Two-Sample Test", 2012, JMLR 13, section 8.
-    """
-    pooled = jnp.concatenate(feature_pair(x, y, minimum=1))
-    pairs = jnp.triu_indices(len(pooled), 1)
-    return jnp.median(jnp.sqrt(_squared_distances(pooled, pooled)[pairs]))
+# Rows that tell by which constant kernel values are moved; any constant is right.
+_SHIFT_ROWS = 256
 
 
 def mmd2_unbiased(
-    x: Float[Array, "n *event"], y: Float[Array, "m *event"], kernel: Kernel = Polynomial()
+    x: Float[Array, "n *event"],
+    y: Float[Array, "m *event"],
+    kernel: Kernel = Polynomial(),
+    *,
+    block_size: int | None = None,
 ) -> Scalar:
     """Unbiased estimate of the squared MMD (a U-statistic); may be negative.
 
     sum_{i != j} k(x_i, x_j) / (n (n - 1)) + the same for y - 2 mean_ij k(x_i, y_j).
 
+    Rows may be split over a mesh: under jit each device computes the rows it holds, against all
+    others, gathered.
+
     Args:
         x: (n, *event) samples or features, n >= 2; events are flattened.
         y: (m, *event), m >= 2.
         kernel: with the default, and Inception features, this is KID on one block.
+        block_size: rows of the Gram matrices in memory at once, for many samples; None for all.
+            Gradients compute them again.
 
     Returns:
-        The estimate, a scalar. Memory is that of the three Gram matrices.
+        The estimate, a scalar.
 
     Raises:
-        ValueError: for too few samples, or events of different shapes.
+        ValueError: for too few samples, events of different shapes, or numbers that are not finite.
 
     Examples:
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 500, 3))
@@ -113,59 +55,402 @@ def mmd2_unbiased(
         >>> bool(abs(metrics.mmd2_unbiased(x, y, kernel)) < 0.01)
         True
 
-    Reference: Gretton et al., "A Kernel Two-Sample Test", 2012, JMLR 13, lemma 6.
+    Reference: Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A Kernel Two-Sample Test", 2012,
+    JMLR 13, lemma 6.
     """
     check_kind("kernel", kernel, Kernel, "Polynomial()")
     x, y = feature_pair(x, y, minimum=2)
-    xx, yy, xy = _shifted_grams(kernel, x, y)
-    return _mean_off_diagonal(xx) + _mean_off_diagonal(yy) - 2 * _mean(xy)
+    shift = _shift(kernel, x, y)
+    xx, yy = (_rows(kernel, a, a, shift, block_size, same=True) for a in (x, y))
+    xy = _rows(kernel, x, y, shift, block_size)
+    return jnp.mean(xx.mean) + jnp.mean(yy.mean) - 2 * jnp.mean(xy.mean)
 
 
 def mmd2_biased(
-    x: Float[Array, "n *event"], y: Float[Array, "m *event"], kernel: Kernel = Polynomial()
+    x: Float[Array, "n *event"],
+    y: Float[Array, "m *event"],
+    kernel: Kernel = Polynomial(),
+    *,
+    block_size: int | None = None,
 ) -> Scalar:
     """Squared MMD of the two empirical distributions (a V-statistic), >= 0 up to rounding.
 
-    mean_ij k(x_i, x_j) + mean_ij k(y_i, y_j) - 2 mean_ij k(x_i, y_j).
+    mean_ij k(x_i, x_j) + mean_ij k(y_i, y_j) - 2 mean_ij k(x_i, y_j). Its mean is that of
+    `mmd2_unbiased` and (E k(x, x) - E k(x, x')) / n + the same for y.
 
     Args:
         x: (n, *event) samples or features; events are flattened.
         y: (m, *event).
         kernel: a positive definite kernel.
+        block_size: as in `mmd2_unbiased`.
 
     Returns:
-        The squared MMD, a scalar, 0 for x = y. Memory is that of the three Gram matrices.
+        The squared MMD, a scalar, 0 for x = y.
 
     Raises:
-        ValueError: for no samples, or events of different shapes.
+        ValueError: for no samples, events of different shapes, or numbers that are not finite.
 
     Reference: Gretton et al., "A Kernel Two-Sample Test", 2012, JMLR 13, eq. 5.
     """
     check_kind("kernel", kernel, Kernel, "Polynomial()")
     x, y = feature_pair(x, y, minimum=1)
-    xx, yy, xy = _shifted_grams(kernel, x, y)
-    return _mean(xx) + _mean(yy) - 2 * _mean(xy)
+    shift = _shift(kernel, x, y)
+    xx, yy, xy = (_rows(kernel, a, b, shift, block_size).mean for a, b in ((x, x), (y, y), (x, y)))
+    return jnp.mean(xx) + jnp.mean(yy) - 2 * jnp.mean(xy)
 
 
-def _shifted_grams(kernel: Kernel, x: Array, y: Array) -> tuple[Array, Array, Array]:
-    # A constant added to the kernel changes no MMD; without its mean the sums round less.
-    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-    shift = _mean(xy)
-    return xx - shift, yy - shift, xy - shift
+def mmd2_variance(
+    x: Float[Array, "n *event"],
+    y: Float[Array, "m *event"],
+    kernel: Kernel = Polynomial(),
+    *,
+    block_size: int | None = None,
+) -> Scalar:
+    """Variance of `mmd2_unbiased` over draws of both samples, estimated from one.
+
+    By Hoeffding's decomposition of the U-statistic, with a = E_x' k(., x'), b = E_y k(., y):
+    4/n Var_x(a - b) + 2/(n (n - 1)) Var2 k(x, x') + the same for y + 4/(n m) Var2 k(x, y), where
+    Var2 is the variance that is left of a kernel value when both first-order parts are taken out.
+    The second-order terms are all there is where both laws are one.
+
+    Args:
+        x: (n, *event), n >= 4.
+        y: (m, *event), m >= 4.
+        kernel: any.
+        block_size: as in `mmd2_unbiased`.
+
+    Returns:
+        The variance, a scalar >= 0: its estimate is unbiased, but for negative ones, which are 0.
+
+    Raises:
+        ValueError: as `mmd2_unbiased`.
+
+    Reference: Sutherland, Tung, Strathmann, De, Ramdas, Smola, Gretton, "Generative Models and
+    Model Criticism via Optimized Maximum Mean Discrepancy", 2017, arXiv 1611.04488, section 2, has
+    the terms for n = m; the form for n != m follows in the same way.
+    """
+    check_kind("kernel", kernel, Kernel, "Polynomial()")
+    x, y = feature_pair(x, y, minimum=4)
+    shift = _shift(kernel, x, y)
+    xx, yy = (_rows(kernel, a, a, shift, block_size, same=True) for a in (x, y))
+    xy, yx = (_rows(kernel, a, b, shift, block_size) for a, b in ((x, y), (y, x)))
+    n, m = len(x), len(y)
+
+    # Products of expectations, each from samples that the other has not seen: no term is biased.
+    aa_x, aa_y = jnp.mean(_product(xx, n - 1)), jnp.mean(_product(yy, m - 1))
+    bb_x, bb_y = jnp.mean(_product(xy, m)), jnp.mean(_product(yx, n))
+    means_xx, means_yy, means_xy = _squared_mean(xx), _squared_mean(yy), _squared_mean(xy, yx)
+
+    def first_order(own, cross, aa, bb, squared):
+        """Var(a - b) over one sample."""
+        count = len(own.mean)
+        ab = jnp.mean(own.mean * cross.mean)
+        mean_ab = (count * jnp.mean(own.mean) * jnp.mean(cross.mean) - 2 * ab) / (count - 2)
+        return aa - 2 * ab + bb - (squared - 2 * mean_ab + means_xy)
+
+    def second_order(rows, left, right, squared):
+        return jnp.mean(rows.square) - left - right + squared
+
+    total = 4 / n * first_order(xx, xy, aa_x, bb_x, means_xx)
+    total += 4 / m * first_order(yy, yx, aa_y, bb_y, means_yy)
+    total += 2 / (n * (n - 1)) * second_order(xx, aa_x, aa_x, means_xx)
+    total += 2 / (m * (m - 1)) * second_order(yy, aa_y, aa_y, means_yy)
+    total += 4 / (n * m) * second_order(xy, bb_x, bb_y, means_xy)
+    return jnp.maximum(total, 0)
 
 
-def _mean(gram: Array) -> Scalar:
-    return jnp.mean(jnp.mean(gram, 1))
+def mmd2_linear(
+    x: Float[Array, "n *event"], y: Float[Array, "n *event"], kernel: Kernel = Polynomial()
+) -> tuple[Scalar, Scalar]:
+    """Unbiased squared MMD in linear time, from pairs that share no sample.
+
+    mean_i h_i, h_i = k(x_1, x_2) + k(y_1, y_2) - k(x_1, y_2) - k(x_2, y_1) of samples 2i and
+    2i + 1. Its h_i are independent: the error is that of a mean, at any n.
+
+    Args:
+        x: (n, *event), n >= 4; a last odd one is left out.
+        y: (n, *event).
+        kernel: any.
+
+    Returns:
+        The estimate and its standard error, scalars.
+
+    Raises:
+        ValueError: for samples of different sizes, and as `mmd2_unbiased`.
+
+    Reference: Gretton et al., "A Kernel Two-Sample Test", 2012, JMLR 13, lemma 14.
+    """
+    check_kind("kernel", kernel, Kernel, "Polynomial()")
+    x, y = feature_pair(x, y, minimum=4)
+    if len(x) != len(y):
+        raise ValueError(
+            f"`x` and `y` must be as many, got {len(x)} and {len(y)}. Leave some out, or use "
+            "`mmd2_unbiased`."
+        )
+    count = len(x) // 2
+    x1, x2, y1, y2 = x[: 2 * count : 2], x[1::2][:count], y[: 2 * count : 2], y[1::2][:count]
+    value = jax.vmap(lambda u, v: kernel(u[None], v[None])[0, 0])
+    h = value(x1, x2) + value(y1, y2) - value(x1, y2) - value(x2, y1)
+    return jnp.mean(h), jnp.std(h, ddof=1) / count**0.5
 
 
-def _mean_off_diagonal(gram: Array) -> Scalar:
-    n = len(gram)
-    return jnp.sum(jnp.mean(jnp.where(jnp.eye(n, dtype=bool), 0, gram), 1)) / (n - 1)
+def permutation_test(
+    key: PRNGKeyArray,
+    x: Float[Array, "n *event"],
+    y: Float[Array, "m *event"],
+    kernel: Kernel = Polynomial(),
+    *,
+    num_permutations: int = 1000,
+) -> tuple[Scalar, Scalar]:
+    """Whether two samples are of one law: `mmd2_unbiased`, and how often chance gives as much.
+
+    p = (1 + #{permutations of the pooled sample with at least this MMD}) / (1 + count): for equal
+    laws P(p <= a) <= a exactly, for any kernel that does not depend on which sample is which.
+
+    Args:
+        key: typed key; draws the permutations.
+        x: (n, *event), n >= 2.
+        y: (m, *event), m >= 2.
+        kernel: any. A bandwidth that `median_bandwidth` took from both samples is allowed.
+        num_permutations: how many.
+
+    Returns:
+        The squared MMD and p, scalars. Memory is that of the Gram matrix of both samples together.
+
+    Raises:
+        ValueError: as `mmd2_unbiased`.
+
+    Reference: Gretton et al., "A Kernel Two-Sample Test", 2012, JMLR 13, section 5.
+    """
+    check_key(key)
+    check_kind("kernel", kernel, Kernel, "Polynomial()")
+    check_count("num_permutations", num_permutations)
+    x, y = feature_pair(x, y, minimum=2)
+    n, m = len(x), len(y)
+    pooled = jnp.concatenate([x, y])
+    gram = kernel(pooled, pooled)
+    gram = jnp.where(jnp.eye(n + m, dtype=bool), 0, gram - jnp.mean(gram))
+
+    def statistic(ours):
+        theirs = 1 - ours
+        right = dots(gram, ours)
+        xx, xy, yy = ours @ right, theirs @ right, theirs @ dots(gram, theirs)
+        return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
+
+    observed = jnp.arange(n + m) < n
+    keys = jax.random.split(key, num_permutations)
+    drawn = jax.vmap(lambda key: jax.random.permutation(key, observed))(keys)
+    found = jax.lax.map(statistic, drawn.astype(gram.dtype), batch_size=64)
+    value = statistic(observed.astype(gram.dtype))
+    # A permutation that gives the two samples themselves must count whatever rounding says.
+    slack = 1e3 * jnp.finfo(gram.dtype).eps * jnp.max(jnp.abs(gram)) / min(n, m)
+    p = (1 + jnp.sum(found >= value - slack)) / (1 + num_permutations)
+    return mmd2_unbiased(x, y, kernel), p
 
 
-def _squared_distances(x: Array, y: Array) -> Array:
-    # |u|^2 + |v|^2 - 2 u.v cancels for points far from the origin: move it to their centre.
-    centre = jnp.mean(y, 0)
-    x, y = x - centre, y - centre
-    products = jnp.matmul(x, y.T, precision=Precision.HIGHEST)
-    return jnp.maximum(jnp.sum(x**2, 1)[:, None] + jnp.sum(y**2, 1) - 2 * products, 0)
+def conditional_mmd2(
+    x: Float[Array, "n *event"],
+    x_labels: Int[Array, "n"],
+    y: Float[Array, "m *event"],
+    y_labels: Int[Array, "m"],
+    kernel: Kernel = Polynomial(),
+    *,
+    num_classes: int,
+) -> tuple[Scalar, Float[Array, "num_classes"]]:
+    """Unbiased squared MMD within each class, and its mean over the classes.
+
+    Classes with fewer than two samples on either side count for nothing in the mean.
+
+    Args:
+        x: (n, *event).
+        x_labels: (n,) integers in [0, num_classes).
+        y: (m, *event).
+        y_labels: (m,).
+        kernel: any.
+        num_classes: how many classes there are.
+
+    Returns:
+        The mean, a scalar, and that of each class, `(num_classes,)`, NaN for those that do not
+        count.
+
+    Raises:
+        ValueError: for labels that do not fit, no class with two samples on both sides, and as
+            `mmd2_unbiased`.
+    """
+    check_kind("kernel", kernel, Kernel, "Polynomial()")
+    check_count("num_classes", num_classes)
+    x, y = feature_pair(x, y, minimum=2)
+    a, b = (
+        _one_hot("x_labels", x_labels, x, num_classes),
+        _one_hot("y_labels", y_labels, y, num_classes),
+    )
+    n, m = a.sum(0), b.sum(0)
+    counted = (n >= 2) & (m >= 2)
+    if is_known(counted) and not counted.any():
+        raise ValueError(
+            "`x_labels` and `y_labels` must have a class with two samples on both sides, got none."
+        )
+    shift = _shift(kernel, x, y)
+    n, m = (
+        jnp.where(counted, count, 2) for count in (n, m)
+    )  # of those that count, no division by 0
+
+    def within(u, v, rows, columns, count, same):
+        gram = kernel(u, v) - shift
+        gram = jnp.where(jnp.eye(len(u), dtype=bool), 0, gram) if same else gram
+        return jnp.sum(rows * dots(gram, columns), 0) / count
+
+    each = within(x, x, a, a, n * (n - 1), True) + within(y, y, b, b, m * (m - 1), True)
+    each -= 2 * within(x, y, a, b, n * m, False)
+    mean = jnp.sum(jnp.where(counted, each, 0)) / jnp.sum(counted)
+    return mean, jnp.where(counted, jax.lax.stop_gradient(each), jnp.nan)
+
+
+class MeanEmbedding(eqx.Module):
+    """What a `FiniteKernel` sees of a law: exact for a whole data set, at any size.
+
+    Attributes:
+        kernel: the kernel.
+        moments: means over the law.
+        count: of the examples they were taken over.
+    """
+
+    kernel: FiniteKernel
+    moments: PyTree
+    count: Array
+
+    def __call__(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
+        """E_y k(x_i, y) for each row of x."""
+        return self.kernel.against(features("x", x), self.moments)
+
+    def merge(self, other: "MeanEmbedding") -> "MeanEmbedding":
+        """That of both sets of examples together."""
+        count = self.count + other.count
+
+        def mean(a, b):
+            return a + (b - a) * (other.count / count).astype(a.dtype)
+
+        return MeanEmbedding(self.kernel, jax.tree.map(mean, self.moments, other.moments), count)
+
+
+def mean_embedding(
+    y: Array | Iterable[Array],
+    kernel: FiniteKernel = Polynomial(2),
+) -> MeanEmbedding:
+    """The mean embedding of a data set, for `mmd2_to_embedding`: a reference without noise.
+
+    Args:
+        y: (m, *event) samples or features; or batches of them, of which one is in memory at a
+            time.
+        kernel: a kernel of finitely many features: `Polynomial`, with d^degree numbers, or
+            `RandomFeatures`.
+
+    Returns:
+        The embedding, a pytree.
+
+    Raises:
+        TypeError: for another kernel.
+        ValueError: for no examples.
+    """
+    check_kind("kernel", kernel, FiniteKernel, "Polynomial(2)")
+    batches = [y] if hasattr(y, "shape") else y
+    total = None
+    for batch in batches:
+        rows = features("y", batch)
+        found = MeanEmbedding(kernel, kernel.moments(rows), jnp.asarray(float(len(rows))))
+        total = found if total is None else total.merge(found)
+    if total is None:
+        raise ValueError("`y` must hold one batch at least, got none.")
+    return total
+
+
+def mmd2_to_embedding(
+    x: Float[Array, "n *event"], embedding: MeanEmbedding, *, biased: bool = False
+) -> Scalar:
+    """Squared MMD of samples to a law of which the kernel's mean embedding is known.
+
+    mean_{i != j} k(x_i, x_j) - 2 mean_i E_y k(x_i, y) + E k(y, y'): unbiased, and only x is noise.
+
+    Args:
+        x: (n, *event), n >= 2.
+        embedding: of the data, from `mean_embedding`.
+        biased: of the law of the n samples themselves instead, i = j included.
+
+    Returns:
+        The squared MMD, a scalar.
+
+    Raises:
+        ValueError: as `mmd2_unbiased`.
+    """
+    check_kind("embedding", embedding, MeanEmbedding, "mean_embedding(y)")
+    x = features("x", x, minimum=2)
+    kernel, moments = embedding.kernel, embedding.moments
+    norm = kernel.product(moments, moments)
+    rows = _rows(kernel, x, x, norm, None, same=not biased).mean
+    return jnp.mean(rows) - 2 * jnp.mean(kernel.against(x, moments) - norm)
+
+
+class _Rows(NamedTuple):
+    """Of a Gram matrix, by row: the mean, and the mean square."""
+
+    mean: Array
+    square: Array
+
+
+def _rows(
+    kernel: Kernel, x: Array, y: Array, shift: Array, block_size: int | None, same: bool = False
+) -> _Rows:
+    """Means over the columns of k(x_i, y_j) - shift; without j = i where x and y are the `same`."""
+    count = len(y) - same
+
+    def row(i, u):
+        values = kernel(u[None], y)[0] - shift
+        if same:
+            values = jnp.where(jnp.arange(len(y)) == i, 0, values)
+        return jnp.sum(values) / count, jnp.sum(values**2) / count
+
+    if block_size is not None:
+        check_count("block_size", block_size)
+        row = jax.checkpoint(row)  # type: ignore[assignment]
+    return _Rows(*batched(row, block_size)(jnp.arange(len(x)), x))
+
+
+def _product(rows: _Rows, count: int) -> Array:
+    """Unbiased E k(x_i, y) k(x_i, y') for each row, with y and y' different."""
+    return (count * rows.mean**2 - rows.square) / (count - 1)
+
+
+def _squared_mean(rows: _Rows, columns: _Rows | None = None) -> Scalar:
+    """Unbiased (E k)^2: the mean of k(x_i, y_j) k(x_k, y_l) with all of them different.
+
+    Without columns, of one sample against itself.
+    """
+    n = len(rows.mean)
+    total, squares = jnp.sum(rows.mean), jnp.sum(rows.square)
+    if columns is None:
+        m = n - 1
+        left = (m * total) ** 2 - 4 * m**2 * jnp.sum(rows.mean**2) + 2 * m * squares
+        return left / (n * m * (n - 2) * (n - 3))
+    m = len(columns.mean)
+    left = (m * total) ** 2 - m**2 * jnp.sum(rows.mean**2)
+    left += m * squares - n**2 * jnp.sum(columns.mean**2)
+    return left / (n * (n - 1) * m * (m - 1))
+
+
+def _shift(kernel: Kernel, x: Array, y: Array) -> Array:
+    return jax.lax.stop_gradient(jnp.mean(kernel(x[:_SHIFT_ROWS], y[:_SHIFT_ROWS])))
+
+
+def _one_hot(argument: str, labels: ArrayLike, x: Array, num_classes: int) -> Array:
+    labels = jnp.asarray(labels)
+    if labels.shape != x.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"`{argument}` must be integers of shape {x.shape[:1]}, one for each sample, got "
+            f"{labels.dtype} of shape {labels.shape}."
+        )
+    if is_known(labels) and (np.min(labels) < 0 or np.max(labels) >= num_classes):
+        raise ValueError(
+            f"`{argument}` must lie in [0, {num_classes}), got {np.min(labels)} to "
+            f"{np.max(labels)}."
+        )
+    return jax.nn.one_hot(labels, num_classes, dtype=x.dtype)

@@ -330,7 +330,13 @@ def check_players(players: Any) -> None:
 
 
 def next_phase(
-    state: TrainState, players: dict[str, Player], *, fresh: Collection[str] = ()
+    state: TrainState,
+    players: dict[str, Player],
+    *,
+    fresh: Collection[str] = (),
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+    min_size: int = MIN_SIZE,
 ) -> TrainState:
     """The state of a run that goes on with other players, losses or optimisers.
 
@@ -343,6 +349,10 @@ def next_phase(
         state: at the end of the phase before.
         players: those of the next one, as for `make_train_step`.
         fresh: names of the players that begin anew.
+        mesh: the devices over which the state is split, as for `init_train_state`; what goes on
+            keeps the place that this gives it.
+        rules: likewise.
+        min_size: likewise.
 
     Raises:
         ValueError: for a player that is to go on and has a state of another structure, or one that
@@ -365,7 +375,10 @@ def next_phase(
                 )
             states[name] = dataclasses.replace(before[name], trainable=player.trainable)
     after = TrainState.pack(step=state.step, key=state.key, players=states)
-    return jax.tree.map(jnp.array, after)
+    after = jax.tree.map(jnp.array, after)
+    if mesh is None:
+        return after
+    return TrainState.pack(**shard_params(after.unpack(), mesh, rules=rules, min_size=min_size))
 
 
 def _parts(state: PlayerState) -> dict[str, PyTree]:

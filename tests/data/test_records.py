@@ -102,6 +102,7 @@ def test_every_example_is_bit_for_bit_the_sources(tmp_path, name):
             same(stored[i], source[i])
         rows = RNG.integers(0, COUNT, 50)  # in no order, some of them twice
         same(stored[rows], source[rows])
+        same(stored[rows[:0]], source[rows[:0]])
         again = tmp_path / f"{encoding} again"
         to_records(stored, again)
         alike(records(again), source)

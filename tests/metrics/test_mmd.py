@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from jaxdiff import metrics
+from jaxdiff import metrics, parallel
 from jaxdiff.metrics import RBF, Polynomial
 
 mmd2_biased, mmd2_unbiased = jax.jit(metrics.mmd2_biased), jax.jit(metrics.mmd2_unbiased)
@@ -147,6 +147,104 @@ def test_the_bandwidth_is_a_leaf_and_the_gradient_is_finite():
     assert jnp.isfinite(jax.grad(lambda x: mmd2_unbiased(x, y, RBF(1.0)))(x)).all()
 
 
+KINDS = {"polynomial": Polynomial(), "rbf": RBF(0.8), "energy": metrics.Energy()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_variance_is_that_of_the_estimates(x64, name):
+    """Over draws of both samples, of different laws and, where first-order terms vanish, of one."""
+    kernel, count = KINDS[name], 3000
+
+    @jax.jit
+    @jax.vmap
+    def both(x, y):
+        return metrics.mmd2_unbiased(x, y, kernel), metrics.mmd2_variance(x, y, kernel)
+
+    for shift in (MU2, MU1):
+        factor = A2 if shift is MU2 else A1
+        x = gaussian_batches(count, 30, MU1, A1, seed=3)
+        y = gaussian_batches(count, 20, shift, factor, seed=4)
+        values, variances = map(np.asarray, both(x, y))
+        true = values.var(ddof=1)
+        # The sampling error of a variance, with the kurtosis of the values.
+        fourth = ((values - values.mean()) ** 4).mean()
+        error = np.sqrt((fourth / true**2 - 1) / count) * true
+        spread = variances.std() / count**0.5
+        assert abs(variances.mean() - true) < 4 * np.hypot(error, spread) + 0.08 * true
+        assert (variances >= 0).all()
+
+
+def test_blocks_are_the_whole(x64):
+    x, y = jnp.asarray(RNG.normal(size=(11, 3))), jnp.asarray(RNG.normal(size=(8, 3)) + 0.2)
+    for fn in (metrics.mmd2_unbiased, metrics.mmd2_biased, metrics.mmd2_variance):
+        for kernel in KINDS.values():
+            whole, slope = jax.value_and_grad(lambda x: fn(x, y, kernel))(x)  # noqa: B023
+            pieces, parts = jax.value_and_grad(lambda x: fn(x, y, kernel, block_size=4))(x)  # noqa: B023
+            assert_allclose(pieces, whole, rtol=1e-9)
+            assert_allclose(parts, slope, rtol=1e-8, atol=1e-15)
+
+
+def test_samples_over_a_mesh_see_all_others(x64):
+    mesh = parallel.make_mesh(data=4, fsdp=2)
+    x, y = RNG.normal(size=(16, 3)), RNG.normal(size=(24, 3)) + 0.2
+    fn = jax.jit(jax.value_and_grad(lambda x, y: metrics.mmd2_unbiased(x, y)))
+    value, slope = fn(x, y)
+    spread, parts = fn(*parallel.shard_batch((x, y), mesh))
+    assert_allclose(spread, value, rtol=1e-10)
+    assert_allclose(parts, slope, rtol=1e-10)
+    assert parts.sharding.is_equivalent_to(parallel.batch_sharding(mesh), 2)
+
+
+def test_linear_time(x64):
+    x, y = gaussian_batches(3000, 12, MU1, A1, 5), gaussian_batches(3000, 12, MU2, A2, 6)
+    values, errors = jax.jit(jax.vmap(lambda x, y: metrics.mmd2_linear(x, y, RBF(0.7))))(x, y)
+    assert abs(values.mean() - rbf_mmd2(0.7)) < 4 * values.std() / 3000**0.5
+    assert_allclose(np.mean(errors**2), values.var(), rtol=0.1)
+    # As the sum of its pairs.
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    kernel = Polynomial()
+    u, v, a, b = x[0, :1], x[0, 1:2], y[0, :1], y[0, 1:2]
+    pair = kernel(u, v) + kernel(a, b) - kernel(u, b) - kernel(v, a)
+    two, _ = metrics.mmd2_linear(jnp.tile(x[0, :2], (2, 1)), jnp.tile(y[0, :2], (2, 1)), kernel)
+    assert_allclose(two, pair[0, 0], rtol=1e-10)
+
+
+def test_permutations_give_valid_chances(x64):
+    """Uniform where both laws are one; small where they are not."""
+    count = 200
+
+    def chances(y):
+        keys = jax.random.split(jax.random.key(0), count)
+        test = lambda key, x, y: metrics.permutation_test(key, x, y, RBF(1.0), num_permutations=99)  # noqa: E731
+        return np.asarray(jax.jit(jax.vmap(test))(keys, x, y)[1])
+
+    x = gaussian_batches(count, 12, MU1, A1, 7)
+    same = chances(gaussian_batches(count, 9, MU1, A1, 8))
+    for level in (0.1, 0.25, 0.5, 0.75):
+        share = (same <= level).mean()
+        assert abs(share - level) < 4 * np.sqrt(level * (1 - level) / count)
+    assert np.median(chances(gaussian_batches(count, 9, MU1 + 2, A1, 9))) <= 0.02
+    x = jnp.asarray(x)
+    value, chance = metrics.permutation_test(jax.random.key(0), x[0], x[0], num_permutations=9)
+    assert_allclose(value, mmd2_unbiased(x[0], x[0]))
+    assert chance == 1.0
+
+
+def test_within_classes(x64):
+    x, y = jnp.asarray(RNG.normal(size=(12, 3))), jnp.asarray(RNG.normal(size=(9, 3)))
+    a, b = (
+        jnp.asarray([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]),
+        jnp.asarray([0, 0, 0, 1, 1, 1, 1, 2, 3]),
+    )
+    mean, each = metrics.conditional_mmd2(x, a, y, b, num_classes=5)
+    expected = [mmd2_unbiased(x[a == c], y[b == c]) for c in (0, 1)]
+    assert_allclose(each[:2], expected, rtol=1e-10)
+    assert np.isnan(each[2:]).all()
+    assert_allclose(mean, np.mean(expected), rtol=1e-10)
+    slope = jax.grad(lambda x: metrics.conditional_mmd2(x, a, y, b, num_classes=5)[0])(x)
+    assert np.isfinite(slope).all() and (slope[:7] != 0).all() and (slope[7:] == 0).all()
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     x = jnp.zeros((5, 3))
@@ -156,3 +254,12 @@ def test_errors():
         mmd2_biased(x, x[:0])
     with pytest.raises(ValueError, match=r"events of one shape, got \(3,\) and \(2,\)"):
         mmd2_unbiased(x, x[:, :2])
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 5 samples, the first at index 2"):
+        metrics.mmd2_unbiased(x.at[2, 1].set(jnp.nan), x)
+    with pytest.raises(ValueError, match="as many, got 5 and 4"):
+        metrics.mmd2_linear(x, x[:4])
+    labels = jnp.arange(5)
+    with pytest.raises(ValueError, match="two samples on both sides, got none"):
+        metrics.conditional_mmd2(x, labels, x, labels, num_classes=5)
+    with pytest.raises(ValueError, match=r"`y_labels` must lie in \[0, 4\), got 0 to 4"):
+        metrics.conditional_mmd2(x, 0 * labels, x, labels, num_classes=4)

@@ -1,7 +1,10 @@
 """Knobs of memory and speed, and what the log says of them."""
 
 import dataclasses
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -54,6 +57,25 @@ def test_runs_of_before_keep_their_meaning():
     assert from_json(Config, stored) == config
     stored["network"]["remat"] = True
     assert from_json(Config, stored) == config
+
+
+def test_a_mesh_makes_devices_of_a_cpu():
+    code = """
+import jax
+from train.core.config import MeshConfig
+from train.core.runner import build_mesh, launch
+from train.pretraining.recipe import Config
+config = Config(mesh=MeshConfig(data=2, fsdp=3))
+launch(config)
+print(list(build_mesh(config).shape.values()), jax.device_count())
+launch(Config(mesh=MeshConfig(data=2)))  # too late, and no harm
+print(jax.device_count())
+"""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines() == ["[2, 3, 1] 6", "6"]
 
 
 def test_a_run_goes_on_with_other_devices(tmp_path):

@@ -1,5 +1,6 @@
 """What all recipes share: the loop with its log, and errors and signals as one line."""
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -224,6 +225,8 @@ class Watch:
 def launch(config: RunConfig) -> None:
     """Join the other processes of the run, if there are any; before anything else.
 
+    Of a run by itself the cores of a CPU make as many devices as its mesh has.
+
     Raises:
         ValueError: for a coordinator that does not answer, and numbers that do not fit.
     """
@@ -235,6 +238,11 @@ def launch(config: RunConfig) -> None:
             f"{jax.process_count()} processes. If one is killed, JAX ends the others within two "
             "minutes: start all of them again, and the same command goes on."
         )
+    elif config.mesh.data is not None:
+        count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+        # Too late where JAX has its devices already; a mesh that does not fit them is refused.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def build_mesh(config: RunConfig) -> jax.sharding.Mesh:

@@ -1,0 +1,136 @@
+"""Vendi score, classifier score, two-sample test, streamed moments and errors: closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from scipy.stats import norm
+
+from jaxdiff import metrics
+
+RNG = np.random.default_rng(0)
+vendi_score = jax.jit(metrics.vendi_score, static_argnames="order")
+classifier_score = jax.jit(metrics.classifier_score)
+
+
+def with_similarity(n, c):
+    """Unit vectors whose products are all c."""
+    return np.linalg.cholesky((1 - c) * np.eye(n) + c * np.ones((n, n)))
+
+
+@pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0, np.inf])
+def test_vendi_of_known_spectra(x64, order):
+    """(1 + (n - 1) c) / n once and (1 - c) / n otherwise."""
+    n, c = 50, 0.3
+    spectrum = np.r_[(1 + (n - 1) * c) / n, np.full(n - 1, (1 - c) / n)]
+    if order == 1:
+        expected = np.exp(-(spectrum * np.log(spectrum)).sum())
+        assert_allclose(expected, 26.898, atol=1e-3)
+    elif np.isinf(order):
+        expected = 1 / spectrum.max()
+    else:
+        expected = (spectrum**order).sum() ** (1 / (1 - order))
+    scaled = with_similarity(n, c) * RNG.uniform(0.5, 2, (n, 1))  # the cosine knows no length
+    assert_allclose(vendi_score(scaled, order=order), expected, rtol=1e-9)
+    assert_allclose(vendi_score(np.eye(8), order=order), 8, rtol=1e-9)
+    assert_allclose(vendi_score(np.ones((8, 3)), order=order), 1, rtol=1e-9)
+
+
+def test_vendi_of_other_kernels(x64):
+    x = np.array([[0.0], [1.0]])
+    c = np.exp(-0.5)
+    halves = np.array([1 + c, 1 - c]) / 2
+    expected = np.exp(-(halves * np.log(halves)).sum())
+    assert_allclose(vendi_score(x, metrics.RBF(1.0)), expected, rtol=1e-12)
+    slope = jax.grad(lambda x: metrics.vendi_score(x, metrics.RBF(1.0), order=2))(jnp.asarray(x))
+    assert slope[1, 0] > 0  # apart is more different
+
+
+def test_classifier_score_of_known_tables(x64):
+    sure = 1e3 * np.eye(4)
+    assert_allclose(classifier_score(sure), 4, rtol=1e-9)
+    assert_allclose(classifier_score(np.zeros((5, 4))), 1, rtol=1e-12)
+    p = RNG.dirichlet(np.ones(3), 20)
+    expected = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+    assert_allclose(classifier_score(np.log(p) + 7), expected, rtol=1e-10)
+
+
+def test_a_classifier_tells_laws_apart_as_far_as_they_can_be_told():
+    """1/2 + TV / 2 = Phi(|shift| / 2) for two normal laws; 1/2 for one."""
+    x, y = jnp.asarray(RNG.normal(size=(2, 2000, 2)), jnp.float32)
+    shift = jnp.asarray([0.6, 0.8])
+    found = metrics.c2st(jax.random.key(0), x, y + shift, num_steps=300)
+    assert abs(found.accuracy - norm.cdf(0.5)) < 4 * found.error + 0.01
+    same = metrics.c2st(jax.random.key(1), x, y, num_steps=300)
+    assert abs(same.accuracy - 0.5) < 4 * same.error
+    assert_allclose(same.error, 0.5 / 4000**0.5)
+
+
+def test_moments_of_batches_are_those_of_all(x64):
+    x, y = RNG.normal(size=(60, 5)) @ RNG.normal(size=(5, 5)) + 100, RNG.normal(size=(80, 5)) + 100
+    found = []
+    for sample, cuts in ((x, (1, 20, 33)), (y, (40,))):
+        total = None
+        for batch in np.split(sample, cuts):
+            moments = metrics.Moments.of(jnp.asarray(batch))
+            total = moments if total is None else total.merge(moments)
+        assert_allclose(total.mean, sample.mean(0), rtol=1e-12)
+        assert_allclose(total.covariance, np.cov(sample.T), rtol=1e-10)
+        found += [total.mean, total.covariance]
+    assert_allclose(
+        metrics.frechet_distance_gaussian(*found),
+        metrics.frechet_distance(*map(jnp.asarray, (x, y))),
+        rtol=1e-8,
+    )
+
+
+def test_moments_far_from_the_origin_keep_their_digits():
+    x = (RNG.normal(size=(400, 3)) + 1000).astype(np.float32)
+    parts = [metrics.Moments.of(jnp.asarray(part)) for part in np.split(x, 4)]
+    total = parts[0].merge(parts[1]).merge(parts[2].merge(parts[3]))
+    assert_allclose(total.covariance, np.cov(x.astype(float).T), atol=2e-5)
+
+
+def test_bootstrap_errors_of_a_mean_and_a_distance(x64):
+    x, y = jnp.asarray(RNG.normal(size=(400, 2))), jnp.asarray(RNG.normal(size=(300, 2)) + 1)
+
+    def statistic(x, y):
+        return {"mean": x.mean(0), "gap": x.mean() - y.mean()}
+
+    found = metrics.bootstrap_error(jax.random.key(0), statistic, x, y, count=2000, batch_size=100)
+    assert_allclose(found["mean"], x.std(0) / 20, rtol=0.07)
+    gap = np.sqrt(np.var(x.mean(1)) / 400 + np.var(y.mean(1)) / 300)
+    assert_allclose(found["gap"], gap, rtol=0.07)
+
+
+def test_the_limit_of_frechet_distances_has_no_bias(x64):
+    """Of one law: d / n + d (d + 1) / (4 n), which the line takes away."""
+    d, n, draws = 8, 1000, 16
+    y = jnp.asarray(RNG.normal(size=(50_000, d)))
+    found = [
+        metrics.frechet_limit(
+            jax.random.key(i), jnp.asarray(RNG.normal(size=(n, d))), y, num_counts=4
+        )
+        for i in range(draws)
+    ]
+    limits = np.array([f.distance for f in found])
+    for place, count in ((0, 250), (-1, n)):
+        assert all(f.counts[place] == count for f in found)
+        values = np.array([f.distances[place] for f in found])
+        bias = d / count + d * (d + 1) / (4 * count)
+        assert abs(values.mean() - bias) < 4 * values.std() / draws**0.5 < 0.5 * bias
+    assert abs(limits.mean()) < 4 * limits.std() / draws**0.5 < 0.5 * bias
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors():
+    x = jnp.ones((9, 2))
+    with pytest.raises(ValueError, match="`x` and `y` must be as many, got 9 and 8"):
+        metrics.c2st(jax.random.key(0), x, x[:8])
+    with pytest.raises(ValueError, match="`folds` must be at least 2"):
+        metrics.c2st(jax.random.key(0), x, x, folds=1)
+    with pytest.raises(ValueError, match="`order` must be at least 0"):
+        metrics.vendi_score(x, order=-1.0)
+    with pytest.raises(ValueError, match="`logits` must be finite"):
+        metrics.classifier_score(x * jnp.nan)
