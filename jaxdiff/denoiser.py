@@ -545,7 +545,7 @@ def edit_taps(
     def edit(node: TappedDenoiser) -> TappedDenoiser:
         return eqx.tree_at(lambda d: d.network, node, EditedNetwork(node.network, edits))
 
-    return _at_network(denoiser, edit, where)
+    return at_network(denoiser, edit, where)
 
 
 def reading(denoiser: Denoiser, names: tuple[str, ...], where: Where | None = None) -> Denoiser:
@@ -568,16 +568,16 @@ def reading(denoiser: Denoiser, names: tuple[str, ...], where: Where | None = No
     def read(node: TappedDenoiser) -> TappedDenoiser:
         return dataclasses.replace(node, taps=(*node.taps, *names))
 
-    return _at_network(denoiser, read, where)
+    return at_network(denoiser, read, where)
 
 
-def _at_network(denoiser: Denoiser, change: Callable, where: Where | None) -> Denoiser:
+def at_network(denoiser: Denoiser, change: Callable, where: Where | None = None) -> Denoiser:
     """The denoiser with its network's own denoiser, and other versions of it, changed."""
     if where is not None:
-        return eqx.tree_at(where, denoiser, replace_fn=lambda d: _at_network(d, change, None))
+        return eqx.tree_at(where, denoiser, replace_fn=lambda d: at_network(d, change, None))
     find_network(denoiser)
     if not isinstance(denoiser, DenoiserMap):
         return change(denoiser)
     names = denoiser.same_network
-    children = [_at_network(getattr(denoiser, name), change, None) for name in names]
+    children = [at_network(getattr(denoiser, name), change, None) for name in names]
     return eqx.tree_at(lambda d: [getattr(d, name) for name in names], denoiser, children)

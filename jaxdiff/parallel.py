@@ -182,6 +182,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def batch_sharding_here() -> NamedSharding | None:
+    """That of the mesh whose training step is being traced (`on_mesh`), or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_names) != set(AXES):
+        return None
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def place_batch(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Arrays, the same in every process, split as a sharding says; traced ones, too."""
+
+    def place(leaf):
+        traced = isinstance(leaf, jax.core.Tracer) or isinstance(sharding.mesh, AbstractMesh)
+        put = jax.lax.with_sharding_constraint if traced else jax.device_put
+        return put(leaf, sharding)
+
+    return jax.tree.map(place, tree)
+
+
 def batch_part(mesh: Mesh) -> tuple[int, int]:
     """Which part of a global batch this process's devices hold, and of how many.
 

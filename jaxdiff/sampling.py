@@ -22,7 +22,7 @@ from jaxdiff._checks import (
 from jaxdiff._tree import as_float_array, chunked, is_known, jit, num_parts
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.flow_map import FlowMap
-from jaxdiff.parallel import join_devices
+from jaxdiff.parallel import join_devices, place_batch
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import DiffusionSolver, GridSteps, Problem, SolverState, check_model
 from jaxdiff.solvers._brownian import float_bits
@@ -261,7 +261,8 @@ def _continue(
     return chunks(indices, x, memory, notes, cond, _own_times(times))
 
 
-def _resolve(model, times, solver, num_samples, *, increasing=False) -> Array:
+def resolve_grid(model, times, solver, num_samples, *, increasing=False) -> Array:
+    """The grid of `sample`'s `times`, checked."""
     own = isinstance(solver, DiffusionSolver)
     process = model.process
     if jnp.ndim(times) == 2:
@@ -437,7 +438,7 @@ def sample(
             f"`first_index` must be a multiple of the population's size {solver.size}, got "
             f"{first_index}."
         )
-    times = _resolve(denoiser, times, solver, num_samples)
+    times = resolve_grid(denoiser, times, solver, num_samples)
     _check_last_k(last_k, times)
     _check_saved(saveat, times)
     indices = first_index + np.arange(num_samples, dtype=jax.dtypes.canonicalize_dtype(int))
@@ -454,7 +455,7 @@ def sample(
                         f"`{argument}` must be a multiple of {parts} devices times the "
                         f"population's size {solver.size}, got {count}."
                     )
-        indices, cond = jax.device_put((indices, cond), sharding)
+        indices, cond = place_batch((indices, cond), sharding)
         key, denoiser, times, options = join_devices((key, denoiser, times, options), sharding)
     if not isinstance(shape, Sequence):
         raise TypeError(
@@ -612,7 +613,7 @@ def _run(
     model.check_cond(cond)
     check_scalars(model, solver)
     check_finite(x)
-    times = _resolve(model, times, solver, count, increasing=direction == 1)
+    times = resolve_grid(model, times, solver, count, increasing=direction == 1)
     _check_last_k(options.last_k, times)
     _check_saved(options.saveat, times)
     if isinstance(solver, DiffusionSolver):

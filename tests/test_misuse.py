@@ -394,16 +394,18 @@ def test_slips_are_named_before_any_work(unchecked, tmp_path, monkeypatch):
 
 
 def test_what_is_not_finite_has_no_distance(unchecked):
-    """NaN is no zero; and lists are arrays."""
+    """NaN is no zero, and named where it can be seen; and lists are arrays."""
     x = jax.random.normal(KEY, (8, 2))
     bad = x.at[0, 0].set(jnp.nan)
     for metric in (
         lambda x, y: metrics.sliced_wasserstein(KEY, x, y),
-        lambda x, y: metrics.wasserstein_1d(x[:, 0], y[:, 0]),
         metrics.frechet_distance,
         metrics.mmd2_unbiased,
     ):
-        assert jnp.isnan(metric(bad, x)) and jnp.isfinite(metric(x + 1, x))
+        with pytest.raises(ValueError, match="`x` must be finite, got NaN or infinity in 1 of 8"):
+            metric(bad, x)
+        assert jnp.isnan(jax.jit(metric)(bad, x)) and jnp.isfinite(metric(x + 1, x))
+    assert jnp.isnan(metrics.wasserstein_1d(bad[:, 0], x[:, 0]))
     assert metrics.wasserstein_1d([1.0], [3.0]) == 2
     assert float(metrics.accuracy([[1.0, 2.0]], [1])[0]) == 1
 

@@ -5,7 +5,7 @@ MMD: what cancels then is of the size of the spread of the values, and not of th
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -353,7 +353,7 @@ def mean_embedding(
         ValueError: for no examples.
     """
     check_kind("kernel", kernel, FiniteKernel, "Polynomial(2)")
-    batches = [y] if hasattr(y, "shape") else y
+    batches: Any = [y] if hasattr(y, "shape") else y
     total = None
     for batch in batches:
         rows = features("y", batch)
@@ -425,13 +425,13 @@ def _squared_mean(rows: _Rows, columns: _Rows | None = None) -> Scalar:
 
     Without columns, of one sample against itself.
     """
-    n = len(rows.mean)
+    n = float(len(rows.mean))  # products of counts are more than an integer holds
     total, squares = jnp.sum(rows.mean), jnp.sum(rows.square)
     if columns is None:
         m = n - 1
         left = (m * total) ** 2 - 4 * m**2 * jnp.sum(rows.mean**2) + 2 * m * squares
         return left / (n * m * (n - 2) * (n - 3))
-    m = len(columns.mean)
+    m = float(len(columns.mean))
     left = (m * total) ** 2 - m**2 * jnp.sum(rows.mean**2)
     left += m * squares - n**2 * jnp.sum(columns.mean**2)
     return left / (n * (n - 1) * m * (m - 1))
@@ -448,9 +448,11 @@ def _one_hot(argument: str, labels: ArrayLike, x: Array, num_classes: int) -> Ar
             f"`{argument}` must be integers of shape {x.shape[:1]}, one for each sample, got "
             f"{labels.dtype} of shape {labels.shape}."
         )
-    if is_known(labels) and (np.min(labels) < 0 or np.max(labels) >= num_classes):
-        raise ValueError(
-            f"`{argument}` must lie in [0, {num_classes}), got {np.min(labels)} to "
-            f"{np.max(labels)}."
-        )
+    if is_known(labels):
+        # In NumPy, because JAX would trace even a constant inside jit.
+        low, high = np.min(np.asarray(labels)), np.max(np.asarray(labels))
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"`{argument}` must lie in [0, {num_classes}), got {low} to {high}."
+            )
     return jax.nn.one_hot(labels, num_classes, dtype=x.dtype)

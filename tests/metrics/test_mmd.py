@@ -174,6 +174,14 @@ def test_the_variance_is_that_of_the_estimates(x64, name):
         assert (variances >= 0).all()
 
 
+def test_the_variance_of_many_samples_in_single_precision():
+    x, y = RNG.normal(size=(700, 4)), RNG.normal(size=(600, 4)) + 0.1
+    with jax.enable_x64(True):
+        double = float(metrics.mmd2_variance(jnp.asarray(x), jnp.asarray(y)))
+    single = metrics.mmd2_variance(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    assert_allclose(single, double, rtol=2e-3)
+
+
 def test_blocks_are_the_whole(x64):
     x, y = jnp.asarray(RNG.normal(size=(11, 3))), jnp.asarray(RNG.normal(size=(8, 3)) + 0.2)
     for fn in (metrics.mmd2_unbiased, metrics.mmd2_biased, metrics.mmd2_variance):

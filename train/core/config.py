@@ -18,6 +18,8 @@ SolverName = Literal[
 TimesName = Literal["uniform", "log_snr", "karras", "polyexponential", "quadratic"]
 MetricName = Literal[
     *("accuracy", "frechet", "sliced_wasserstein", "mmd2", "size", "colour", "place", "digit"),
+    *("kid", "precision", "recall", "density", "coverage", "vendi", "classifier_score"),
+    *("copied", "c2st", "frechet_limit"),
 ]
 WriterName = Literal["tensorboard", "wandb"]
 RematName = Literal["none", "blocks", "dots_saveable", "dots_with_no_batch_dims_saveable"]

@@ -39,6 +39,14 @@ Both are batches of a source: "x" of shape `(n, *event)`, and their conditions "
 are any.
 """
 MOST_REFERENCES = 50_000  # as many as the field's metrics are taken over
+BLOCK = 250  # rows of matrices between samples that are in memory at once
+MOST_EIGENVALUES = 2000  # of samples whose matrix is diagonalised
+FEATURES = (
+    *("frechet", "frechet_limit", "kid", "precision", "recall", "density", "coverage", "vendi"),
+    *("c2st", "copied"),
+)
+# Those that a classifier makes, or makes features for, where there is one.
+CLASSIFIED = ("accuracy", "classifier_score", *FEATURES)
 
 
 def classifier_loss(classifier, key, batch, frozen):
@@ -123,16 +131,86 @@ class ClassAccuracy:
         return metrics.accuracy(logits, jnp.asarray(samples["cond"]))
 
 
-class FrechetDistance:
-    """The Frechet distance between features of a classifier."""
+class OfFeatures:
+    """A metric of a classifier's features, or of the pixels themselves without one.
+
+    Args:
+        metric: of the features of samples and of reference.
+        classifier: whose; None for pixels.
+        against: examples to compare with in place of the reference, such as all that was trained on.
+        equal: whether as many of both are compared.
+    """
+
+    def __init__(
+        self,
+        metric: Callable[[Array, Array], Any],
+        classifier: networks.ConvClassifier | None,
+        *,
+        against: Batch | None = None,
+        equal: bool = False,
+    ):
+        self.metric, self.classifier = metric, classifier
+        self.against, self.equal = against, equal
+
+    def __call__(self, samples: Batch, reference: Batch) -> Any:
+        """What the metric gives."""
+        reference = reference if self.against is None else self.against
+        x, y = (self._features(batch["x"]) for batch in (samples, reference))
+        count = min(len(x), len(y)) if self.equal else None
+        return self.metric(x[:count], y[:count])
+
+    def _features(self, x) -> Array:
+        if self.classifier is None:
+            return jnp.asarray(x).reshape(len(x), -1)
+        parts = [_look(self.classifier, x[i : i + 1000])[1] for i in range(0, len(x), 1000)]
+        return jnp.concatenate(parts)
+
+
+class ClassifierScore:
+    """How sure a classifier is, and of how many classes."""
 
     def __init__(self, classifier: networks.ConvClassifier):
         self.classifier = classifier
 
     def __call__(self, samples: Batch, reference: Batch) -> Array:
-        """The distance."""
-        features = [_look(self.classifier, batch["x"])[1] for batch in (samples, reference)]
-        return metrics.frechet_distance(*features)
+        """The score."""
+        return metrics.classifier_score(_look(self.classifier, samples["x"])[0])
+
+
+def kid(x: Array, y: Array) -> tuple[Array, Array]:
+    """The unbiased squared MMD under a cubic kernel, and its standard error."""
+    value = metrics.mmd2_unbiased(x, y, block_size=BLOCK)
+    return value, jnp.sqrt(metrics.mmd2_variance(x, y, block_size=BLOCK))
+
+
+def frechet(x: Array, y: Array) -> tuple[Array, Array]:
+    """The Frechet distance, and its standard error by resampling both."""
+    key, distance = jax.random.key(0), metrics.frechet_distance
+    return distance(x, y), metrics.bootstrap_error(key, distance, x, y, count=20)
+
+
+def of_features(classifier: networks.ConvClassifier | None, source: Source) -> dict[str, Metric]:
+    """The metrics of features, by name."""
+    key, most = jax.random.key(0), np.arange(min(len(source), MOST_REFERENCES))
+
+    def one(metric, **options):
+        return OfFeatures(metric, classifier, **options)
+
+    return {
+        "frechet": one(frechet),
+        "frechet_limit": one(lambda x, y: metrics.frechet_limit(key, x, y)[:2]),
+        "kid": one(kid),
+        "precision": one(lambda x, y: metrics.precision_recall(x, y, block_size=BLOCK)[0]),
+        "recall": one(lambda x, y: metrics.precision_recall(x, y, block_size=BLOCK)[1]),
+        "density": one(lambda x, y: metrics.density_coverage(x, y, block_size=BLOCK)[0]),
+        "coverage": one(lambda x, y: metrics.density_coverage(x, y, block_size=BLOCK)[1]),
+        "vendi": one(lambda x, y: metrics.vendi_score(x[:MOST_EIGENVALUES])),
+        "c2st": one(lambda x, y: tuple(metrics.c2st(key, x, y)), equal=True),
+        "copied": OfFeatures(
+            lambda x, y: metrics.copied_share(x, y, block_size=BLOCK), None,
+            against=source[most],
+        ),
+    }  # fmt: skip
 
 
 def sliced_wasserstein(samples: Batch, reference: Batch) -> Array:
@@ -208,7 +286,7 @@ class PromptDigit:
 
 
 def suitable(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[str, ...]:
-    """Names of the metrics that can be taken of such data, held-out examples counted."""
+    """Names of the metrics that are taken of such data unless others are asked for."""
     shape = info.event_shape
     images = len(shape) == 3 and shape[0] % 2 == 0 and shape[1] % 2 == 0
     classes = images and bool(info.classes) and not info.cond and settings.classifier_steps > 0
@@ -221,13 +299,22 @@ def suitable(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[st
     )
 
 
+def possible(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[str, ...]:
+    """Names of all metrics that can be taken of such data, held-out examples counted."""
+    found = suitable(info, settings, count)
+    more = ("classifier_score",) if "accuracy" in found else ()
+    if min(settings.num_samples, count) >= 16:
+        more += FEATURES
+    return (*found, *(name for name in more if name not in found))
+
+
 def check_metrics(info: DataInfo, settings: EvaluationConfig, count: int) -> None:
     """Refuse metrics that cannot be taken, before any work.
 
     Raises:
         ValueError: naming the first.
     """
-    known = suitable(info, settings, count)
+    known = possible(info, settings, count)
     for name in settings.metrics:
         if name not in known:
             raise ValueError(
@@ -245,12 +332,15 @@ def build_metrics(
     found |= {name: PromptAttribute(name) for name in ("size", "colour", "place")}
     if "digit" in names:
         found["digit"] = PromptDigit(source)
-    if {"accuracy", "frechet"} & set(names):
+    classifier = None
+    if "accuracy" in suitable(info, settings, count) and set(CLASSIFIED) & set(names):
         classifier = load_classifier(config, source, mesh)
         found |= {
             "accuracy": ClassAccuracy(classifier),
-            "frechet": FrechetDistance(classifier),
+            "classifier_score": ClassifierScore(classifier),
         }
+    if set(FEATURES) & set(names):
+        found |= of_features(classifier, source)
     return {name: found[name] for name in names}
 
 
@@ -260,6 +350,13 @@ _TITLES = {
     "frechet": ("Frechet distance", "{:.3f}"),
     "sliced_wasserstein": ("sliced Wasserstein distance", "{:.4f}"),
     "mmd2": ("squared MMD", "{:.5f}"),
+    "kid": ("squared MMD of features (KID)", "{:.5f}"),
+    "frechet_limit": ("Frechet distance, of infinitely many", "{:.3f}"),
+    "vendi": ("Vendi score", "{:.2f}"),
+    "classifier_score": ("classifier score", "{:.2f}"),
+    "c2st": ("told from real ones", "{:.1%}"),
+    "copied": ("copied from training images", "{:.1%}"),
+    **{name: (name, "{:.3f}") for name in ("precision", "recall", "density", "coverage")},
     **{
         name: (f"{name} as the caption says", "{:.1%}")
         for name in ("size", "colour", "place", "digit")
@@ -283,8 +380,11 @@ def measure(
         held-out examples reach against the training examples.
     """
     numbers = {}
+    finite = bool(np.isfinite(np.asarray(samples["x"], float)).all())
     for name, metric in metrics.items():
-        value, *error = np.atleast_1d(np.asarray(metric(samples, reference), float))
+        # Samples that are not finite have no figures, and a run that made them has an end.
+        found = metric(samples, reference) if finite else float("nan")
+        value, *error = np.atleast_1d(np.asarray(found, float))
         numbers[name] = float(value)
         if error:
             numbers[f"{name}_standard_error"] = float(error[0])
