@@ -106,7 +106,7 @@ def _flops(jaxpr: Jaxpr, trips: int) -> int:
             shape = eqn.invars[0].aval.shape
             length = math.prod(shape[i] for i in contracted)
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * length
-        elif name == "conv_general_dilated":
+        elif name in ("conv_general_dilated", "convolution"):
             total += _convolution(eqn)
         elif name == "scan":
             total += eqn.params["length"] * sum(inner)

@@ -1,16 +1,21 @@
 """Sample a trained run and measure the samples against held-out real data.
 
     python -m train.evaluate runs/digits --solver unipc --sampling-steps 10
+    python -m train.evaluate runs/digits --samples my-images --metrics frechet kid coverage
 
-measures a finished run again, with other samplers, and writes beside the first figures.
+measures a finished run again, with other samplers, and writes beside the first figures; or images
+of any origin, in a folder with one folder for each class or in an npz file.
 """
 
 import dataclasses
 import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tyro
 
-from jaxdiff import parallel
+from jaxdiff import data, parallel
 from train.core.config import MetricName, RunConfig, load_config
 from train.core.data import DataInfo, build_sources
 from train.core.evaluation import check_metrics, evaluate
@@ -30,6 +35,7 @@ class Options(SamplingOptions):
             none.
         name: of the figures, evaluation-<name>.json; None for the solver and its steps.
         data_path: where the data are, if they have moved.
+        samples: images to measure in place of the run's, a folder or an npz file.
     """
 
     num_samples: int | None = None
@@ -37,6 +43,37 @@ class Options(SamplingOptions):
     classifier_steps: int | None = None
     name: str | None = None
     data_path: str | None = None
+    samples: str | None = None
+
+
+def read_samples(path: str, info: DataInfo) -> dict[str, Any]:
+    """Images of any origin, of the form of the run's data.
+
+    Raises:
+        ValueError: for another shape, or labels outside the run's classes.
+    """
+    there = data.npz(path) if path.endswith(".npz") else data.image_folder(path)
+    if there.event_shape != info.event_shape:
+        raise ValueError(
+            f"`samples` must be of the shape of the run's data, {info.event_shape}, got "
+            f"{there.event_shape}."
+        )
+    found = dict(there[np.arange(len(there))])
+    if info.num_classes and not info.cond and "cond" not in found:
+        raise ValueError(
+            "`samples` must say which class each image is to show, in folders or as `cond`, for "
+            f"data of {info.num_classes} classes."
+        )
+    if info.class_names and there.class_names:  # classes by name, in the run's order
+        order = {name: i for i, name in enumerate(info.class_names)}
+        if strange := [name for name in there.class_names if name not in order]:
+            raise ValueError(
+                f"`samples` must have folders named as the classes, {list(order)}, got "
+                f"{strange[0]!r}."
+            )
+        ranks = np.array([order[name] for name in there.class_names])
+        found["cond"] = ranks[np.asarray(found["cond"])].astype(np.int32)
+    return found
 
 
 def main(options: Options) -> dict[str, float]:
@@ -53,9 +90,14 @@ def main(options: Options) -> dict[str, float]:
         raise FileNotFoundError(f"{error} If the data have moved, pass --data-path.") from None
     settings = config.evaluation
     check_metrics(DataInfo.of(source), settings, len(held_out))
-    model = load_model(config).model
-    name = options.name or f"{settings.solver}-{settings.sampling_steps}"
-    return evaluate(config, model, source, held_out, parallel.make_mesh(), name=f"-{name}")
+    model = load_model(config, options.adapter).model
+    name, samples = options.name or f"{settings.solver}-{settings.sampling_steps}", None
+    if options.samples is not None:
+        samples = read_samples(options.samples, DataInfo.of(source))
+        name = options.name or Path(options.samples).stem
+    return evaluate(
+        config, model, source, held_out, parallel.make_mesh(), name=f"-{name}", samples=samples
+    )
 
 
 def cli(args: list[str] | None = None) -> int:

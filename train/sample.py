@@ -55,7 +55,7 @@ def main(options: Options) -> None:
         )
     config = changed(load_config(options.run_dir, RunConfig), options)
     settings, count = config.evaluation, options.num_samples
-    model, step, stored, _ = load_model(config)
+    model, step, stored, _ = load_model(config, options.adapter)
     info = DataInfo.from_json(stored)
     cond = conditions(options, info)
     target = new_directory(options)

@@ -17,5 +17,6 @@ from jaxdiff.finetuning._lora import merge as merge
 from jaxdiff.finetuning._lora import merged as merged
 from jaxdiff.finetuning._lora import save_adapter as save_adapter
 from jaxdiff.finetuning._mmd import MMDLoss as MMDLoss
+from jaxdiff.finetuning._through_sampler import StraightThroughClipped as StraightThroughClipped
 from jaxdiff.finetuning._through_sampler import ThroughSampler as ThroughSampler
 from jaxdiff.finetuning._through_sampler import straight_through_clip as straight_through_clip

@@ -50,7 +50,8 @@ class MMDLoss(ThroughSampler):
 
     Reference: Aiello, Valsesia, Magli, "Fast Inference in Denoising Diffusion Models via MMD
     Finetuning", 2023, arXiv 2301.07969, section 3. Its code clips samples with no gradient outside
-    the range, and has dropout on; here neither.
+    the range, has dropout on, and pairs all samples with all examples of the batch; here a sample
+    is not paired with the example whose condition it has, which would bias the statistic.
     """
 
     features: Callable[[Array], Array] = eqx.field(kw_only=True)
@@ -98,6 +99,11 @@ class MMDLoss(ThroughSampler):
                 fake, labels, real, labels, self.kernel, num_classes=self.num_classes
             )
         else:
-            statistic = mmd2_unbiased if self.unbiased else mmd2_biased
-            loss = statistic(fake, real, self.kernel)
+            # A sample has its condition from the real example in its place: they are not
+            # independent, and have no part in the unbiased mean.
+            loss = (
+                mmd2_unbiased(fake, real, self.kernel, paired=True)
+                if self.unbiased
+                else mmd2_biased(fake, real, self.kernel)
+            )
         return loss, {"mmd2": loss}

@@ -27,11 +27,13 @@ def mmd2_unbiased(
     y: Float[Array, "m *event"],
     kernel: Kernel = Polynomial(),
     *,
+    paired: bool = False,
     block_size: int | None = None,
 ) -> Scalar:
     """Unbiased estimate of the squared MMD (a U-statistic); may be negative.
 
-    sum_{i != j} k(x_i, x_j) / (n (n - 1)) + the same for y - 2 mean_ij k(x_i, y_j).
+    sum_{i != j} k(x_i, x_j) / (n (n - 1)) + the same for y - 2 mean_ij k(x_i, y_j). Of pairs
+    (x_i, y_i) that were made together the last mean, too, is over i != j.
 
     Rows may be split over a mesh: under jit each device computes the rows it holds, against all
     others, gathered.
@@ -40,6 +42,8 @@ def mmd2_unbiased(
         x: (n, *event) samples or features, n >= 2; events are flattened.
         y: (m, *event), m >= 2.
         kernel: with the default, and Inception features, this is KID on one block.
+        paired: whether x_i and y_i depend on each other, as a sample and a real example of one
+            class do; n = m. Other pairs are then independent, and these would bias the mean.
         block_size: rows of the Gram matrices in memory at once, for many samples; None for all.
             Gradients compute them again.
 
@@ -47,7 +51,8 @@ def mmd2_unbiased(
         The estimate, a scalar.
 
     Raises:
-        ValueError: for too few samples, events of different shapes, or numbers that are not finite.
+        ValueError: for too few samples, pairs of different sizes, events of different shapes, or
+            numbers that are not finite.
 
     Examples:
         >>> x, y = jax.random.normal(jax.random.key(0), (2, 500, 3))
@@ -60,9 +65,11 @@ def mmd2_unbiased(
     """
     check_kind("kernel", kernel, Kernel, "Polynomial()")
     x, y = feature_pair(x, y, minimum=2)
+    if paired and len(x) != len(y):
+        raise ValueError(f"`paired` needs as many of `x` as of `y`, got {len(x)} and {len(y)}.")
     shift = _shift(kernel, x, y)
     xx, yy = (_rows(kernel, a, a, shift, block_size, same=True) for a in (x, y))
-    xy = _rows(kernel, x, y, shift, block_size)
+    xy = _rows(kernel, x, y, shift, block_size, same=paired)
     return jnp.mean(xx.mean) + jnp.mean(yy.mean) - 2 * jnp.mean(xy.mean)
 
 
@@ -400,7 +407,7 @@ class _Rows(NamedTuple):
 def _rows(
     kernel: Kernel, x: Array, y: Array, shift: Array, block_size: int | None, same: bool = False
 ) -> _Rows:
-    """Means over the columns of k(x_i, y_j) - shift; without j = i where x and y are the `same`."""
+    """Means over the columns of k(x_i, y_j) - shift; without j = i where that is the `same` one."""
     count = len(y) - same
 
     def row(i, u):
@@ -452,7 +459,5 @@ def _one_hot(argument: str, labels: ArrayLike, x: Array, num_classes: int) -> Ar
         # In NumPy, because JAX would trace even a constant inside jit.
         low, high = np.min(np.asarray(labels)), np.max(np.asarray(labels))
         if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"`{argument}` must lie in [0, {num_classes}), got {low} to {high}."
-            )
+            raise ValueError(f"`{argument}` must lie in [0, {num_classes}), got {low} to {high}.")
     return jax.nn.one_hot(labels, num_classes, dtype=x.dtype)

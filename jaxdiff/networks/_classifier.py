@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
+from jaxdiff.networks._conv import Conv
 from jaxdiff.networks._layers import check_rate, dropout, image_shape
 from jaxdiff.taps import Tap
 
@@ -50,7 +51,7 @@ class ConvClassifier(nnx.Module):
         self.rate, self.num_classes = dropout, num_classes
         widths = [in_channels, channels, channels, 2 * channels, 2 * channels]
         self.convs = nnx.List(
-            nnx.Conv(a, b, (3, 3), **kinds) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            Conv(a, b, (3, 3), **kinds) for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
         size = (height // 2) * (width // 2) * widths[-1]
         self.hidden = nnx.Linear(size, features, **kinds)

@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_number
 from jaxdiff._tree import is_known
 from jaxdiff.conditions import LABEL, as_entries, check_labels, check_taken
+from jaxdiff.networks._conv import convolution_p
 from jaxdiff.networks._rules import TENSOR_RULES
 from jaxdiff.parallel import at_use
 from jaxdiff.taps import Tap
@@ -103,7 +104,10 @@ def remat_policy(remat: bool | str) -> Callable[..., Any] | None:
     ]
     if remat not in known:
         raise ValueError(f"`remat` must be a bool or one of {', '.join(known)}, got {remat!r}.")
-    return getattr(jax.checkpoint_policies, remat)
+    policy = getattr(jax.checkpoint_policies, remat)
+    if remat == "dots_saveable":  # which has JAX's own convolutions among the products
+        return lambda prim, *args, **params: prim is convolution_p or policy(prim, *args, **params)
+    return policy
 
 
 ATTENTION = ("plain", "xla", "cudnn")

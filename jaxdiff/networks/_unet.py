@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
+from jaxdiff.networks._conv import Conv
 from jaxdiff.networks._layers import (
     Attention,
     Block,
@@ -83,12 +84,12 @@ class ResBlock(nnx.Module):
         self.rate, self.scale_shift = rate, scale_shift
         self.skip_scale, self.resample = skip_scale, resample
         self.norm1 = GroupNorm(in_channels, **kinds)
-        self.conv1 = nnx.Conv(in_channels, channels, (3, 3), **kinds)
+        self.conv1 = Conv(in_channels, channels, (3, 3), **kinds)
         self.modulation = nnx.Linear(emb_size, channels * (2 if scale_shift else 1), **kinds)
         self.norm2 = GroupNorm(channels, **kinds)
-        self.conv2 = nnx.Conv(channels, channels, (3, 3), kernel_init=zeros, **kinds)
+        self.conv2 = Conv(channels, channels, (3, 3), kernel_init=zeros, **kinds)
         narrow = in_channels == channels
-        self.skip = None if narrow else nnx.Conv(in_channels, channels, (1, 1), **kinds)
+        self.skip = None if narrow else Conv(in_channels, channels, (1, 1), **kinds)
 
     def __call__(self, x: Array, emb: Array, key: PRNGKeyArray | None) -> Array:
         """One block; x `(H, W, in_channels)`, emb `(emb_size,)`."""
@@ -150,7 +151,7 @@ class AttentionBlock(nnx.Module):
 class Stage(Block):
     """A residual block, perhaps followed by attention; or a plain resampling convolution."""
 
-    def __init__(self, block: ResBlock | nnx.Conv, attention: AttentionBlock | None = None):
+    def __init__(self, block: ResBlock | Conv, attention: AttentionBlock | None = None):
         self.block: Any = block
         self.attention = attention
 
@@ -165,7 +166,7 @@ class Stage(Block):
         mask: Array | None,
     ) -> Array:
         """The stage's output. Taps: name, and name.attn with its parts ("mid.attn" for mid.0)."""
-        plain = isinstance(self.block, nnx.Conv)
+        plain = isinstance(self.block, Conv)
         h = self.block(h) if plain else self.block(h, emb, key)
         if self.attention is not None:
             # The middle has one attention, and the field calls it so.
@@ -296,14 +297,14 @@ class UNet(Network):
             if resample == "block":
                 return Stage(res(c, c, kind))
             strides = 2 if kind == "down" else 1
-            return Stage(nnx.Conv(c, c, (3, 3), strides=strides, **kinds))
+            return Stage(Conv(c, c, (3, 3), strides=strides, **kinds))
 
         self.plain_resampling, self.remat = resample == "conv", remat
         self.embedding = ConditionEmbedding(
             channels, emb_size, num_classes=num_classes, label_size=label_size, scalars=scalars,
             token_size=token_size, num_words=num_words, **kinds,
         )  # fmt: skip
-        self.conv_in = nnx.Conv(in_channels, channels, (3, 3), **kinds)
+        self.conv_in = Conv(in_channels, channels, (3, 3), **kinds)
 
         widths, c, size = [channels], channels, height
         self.down: Any = nnx.List()
@@ -334,7 +335,7 @@ class UNet(Network):
 
         self.num_res_blocks = num_res_blocks
         self.norm_out = GroupNorm(c, **kinds)
-        self.conv_out = nnx.Conv(c, out_channels or in_channels, (3, 3), kernel_init=zeros, **kinds)
+        self.conv_out = Conv(c, out_channels or in_channels, (3, 3), kernel_init=zeros, **kinds)
 
     def forward(
         self,

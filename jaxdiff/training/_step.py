@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import (
@@ -275,7 +275,7 @@ def init_train_state(
 
     options: dict[str, Any] = {"rules": rules, "min_size": min_size}
     if mesh is None:
-        return make()
+        return _together(make())
     if not callable(players):
         return TrainState.pack(**shard_params(make().unpack(), mesh, **options))
     shapes = eqx.filter_eval_shape(make)
@@ -283,6 +283,18 @@ def init_train_state(
     placed = jax.tree.map(lambda leaf: leaf.sharding, jax.tree.leaves(shapes))
     leaves = jax.jit(lambda: jax.tree.leaves(make()), out_shardings=placed)()
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _together(state: TrainState) -> TrainState:
+    """All arrays bound to the device that some are bound to, such as weights from a checkpoint.
+
+    A step's results are bound to where they are: it would compile again for them.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    places = {leaf.sharding for leaf in arrays if leaf.committed}
+    if len(places) != 1 or not isinstance(place := places.pop(), SingleDeviceSharding):
+        return state
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, place), state)
 
 
 def outline(build: Callable[[], dict[str, Player]]) -> dict[str, Player]:

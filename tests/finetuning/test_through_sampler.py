@@ -219,7 +219,8 @@ def test_the_gradient_is_that_of_an_unrolled_loop(x64, batch):
             x0 = jax.vmap(lambda x: d(x, t))(x)  # noqa: B023
             eps = (x - process.alpha(t) * x0) / process.sigma(t)
             x = process.alpha(s) * x0 + process.sigma(s) * eps
-        return metrics.mmd2_unbiased(jax.vmap(feature)(x), jax.vmap(feature)(batch["x"]))
+        real = jax.vmap(feature)(batch["x"])
+        return metrics.mmd2_unbiased(jax.vmap(feature)(x), real, paired=True)
 
     value, slope = jax.value_and_grad(by_hand)(model.network)
     found = value_and_slope(loss, model, batch)
@@ -233,8 +234,40 @@ def test_a_reference_of_all_data_is_the_limit_of_batches(x64, batch):
     loss = finetuning.MMDLoss(times=3, features=jax.tree_util.Partial(feature), kernel=kernel)
     embedding = metrics.mean_embedding(jax.vmap(feature)(batch["x"]), kernel)
     exact = dataclasses.replace(loss, reference=embedding)
-    slopes = [value_and_slope(one, model, batch)[1] for one in (loss, exact)]
-    assert_allclose(*slopes, rtol=1e-8, atol=1e-12)  # the data's own term has no gradient
+    # The V-statistics differ by the data's own term, which has no gradient.
+    slopes = [
+        value_and_slope(dataclasses.replace(one, unbiased=False), model, batch)[1]
+        for one in (loss, exact)
+    ]
+    assert_allclose(*slopes, rtol=1e-8, atol=1e-12)
+
+
+def test_a_model_that_is_right_has_no_loss_on_average_whatever_its_conditions(x64):
+    """Real examples and samples of the same classes; with their own pairs it would be -0.1."""
+
+    class Exact(jaxdiff.Denoiser):
+        """Two classes with a point each: its samples are the data, in one step."""
+
+        process: processes.GaussianProcess
+
+        def __call__(self, x, t, cond=None, *, key=None):
+            return jnp.where(cond == 0, -1.0, 1.0) * jnp.ones_like(x)
+
+    loss = finetuning.MMDLoss(
+        times=1, features=jax.tree_util.Partial(identity), kernel=metrics.RBF(1.0)
+    )
+
+    @jax.jit
+    @jax.vmap
+    def value(key):
+        cond = jax.random.bernoulli(key, shape=(12,)).astype(jnp.int32)
+        x = jnp.where(cond == 0, -1.0, 1.0)[:, None]
+        found = loss(Exact(processes.VP()), key, {"x": x, "cond": cond}, {})[0]
+        return found, metrics.mmd2_unbiased(x, x, loss.kernel)
+
+    values, naive = value(jax.random.split(KEY, 2000))
+    assert np.abs(values).max() < 1e-12  # x_i = y_i: every term cancels
+    assert naive.mean() < -0.05
 
 
 def test_on_a_mesh_every_device_draws_its_part(x64, batch):

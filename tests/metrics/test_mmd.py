@@ -174,6 +174,19 @@ def test_the_variance_is_that_of_the_estimates(x64, name):
         assert (variances >= 0).all()
 
 
+def test_pairs_that_depend_on_each_other_are_left_out(x64):
+    """y_i is near x_i, and the law of y is another's: unbiased without their own pairs."""
+    count, n = 6000, 6
+    common = np.random.default_rng(0).normal(size=(count, n, 2))
+    x, y = common @ A1.T + MU1, common @ A2.T + MU2
+    statistic = jax.jit(jax.vmap(lambda x, y: metrics.mmd2_unbiased(x, y, RBF(0.7), paired=True)))
+    values, expected = statistic(x, y), rbf_mmd2(0.7)
+    error = values.std() / count**0.5
+    assert abs(values.mean() - expected) < 4 * error < 0.1 * expected
+    plain = jax.vmap(lambda x, y: mmd2_unbiased(x, y, RBF(0.7)))(x, y)
+    assert abs(plain.mean() - expected) > 10 * error
+
+
 def test_the_variance_of_many_samples_in_single_precision():
     x, y = RNG.normal(size=(700, 4)), RNG.normal(size=(600, 4)) + 0.1
     with jax.enable_x64(True):

@@ -231,6 +231,11 @@ class RunConfig:
     writers: tuple[WriterName, ...] = ()
     profile: int = 0
 
+    @property
+    def shared_dir(self) -> Path:
+        """Where classifiers are that runs share."""
+        return Path(self.run_dir)
+
     def check(self) -> None:
         """Refuse numbers that make no run, before any work.
 

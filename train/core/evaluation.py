@@ -66,33 +66,47 @@ def classifier_loss(classifier, key, batch, frozen):
 
 
 def load_classifier(
-    config: RunConfig, source: Source, mesh: jax.sharding.Mesh | None = None
+    config: RunConfig,
+    source: Source,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    name: str = "classifier",
+    seed: int | None = None,
+    **sizes: int,
 ) -> networks.ConvClassifier:
     """The classifier that measures samples: trained on the real train split once, then cached.
 
     Cached as a checkpoint in the run directory, in a folder of its number of steps; another number
     is another classifier. Every process of the mesh trains the same one.
+
+    Args:
+        config: of the run.
+        source: what it learns.
+        mesh: the devices.
+        name: of the folder, for others than the one that measures.
+        seed: of its weights and data; None for the run's.
+        **sizes: of `ConvClassifier`.
     """
+    seed = config.seed if seed is None else seed
     mesh = parallel.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     height, width, channels = source.event_shape
     classifier = networks.ConvClassifier(
         image_size=(height, width),
         in_channels=channels,
         num_classes=source.num_classes,
-        rngs=nnx.Rngs(config.seed),
+        rngs=nnx.Rngs(seed),
+        **sizes,
     )
     steps = config.evaluation.classifier_steps
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     player = Player(classifier, classifier_loss, optimizer, trainable=lambda model: model)
-    state = init_train_state({"classifier": player}, jax.random.key(config.seed))
+    state = init_train_state({"classifier": player}, jax.random.key(seed))
     state = parallel.replicate(state, mesh)
-    store = CheckpointStore(Path(config.run_dir) / "classifier" / str(steps), keep=1)
+    store = CheckpointStore(config.shared_dir / name / str(steps), keep=1)
     restored = store.restore_latest(state.unpack())
     if restored is not None:
         state = TrainState.pack(**restored[0])
-    loader = make_loader(
-        source, min(64, len(source)), seed=config.seed, process_index=0, process_count=1
-    )
+    loader = make_loader(source, min(64, len(source)), seed=seed, process_index=0, process_count=1)
     done = int(state.step)
     if done < steps:
         hidden = not parallel.is_first()
@@ -137,7 +151,7 @@ class OfFeatures:
     Args:
         metric: of the features of samples and of reference.
         classifier: whose; None for pixels.
-        against: examples to compare with in place of the reference, such as all that was trained on.
+        against: examples in place of the reference, such as all that was trained on.
         equal: whether as many of both are compared.
     """
 
@@ -409,6 +423,7 @@ def evaluate(
     metrics: Mapping[str, Metric] | None = None,
     steps_per_second: float | None = None,
     name: str = "",
+    samples: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Sample, write figures and pictures, and print a table.
 
@@ -423,21 +438,25 @@ def evaluate(
         metrics: by name, any functions of (samples, reference); None for the configuration's.
         steps_per_second: of the training, for the table.
         name: of the files.
+        samples: examples to measure in place of the denoiser's.
     """
     run_dir, settings, info = Path(config.run_dir), config.evaluation, DataInfo.of(source)
-    count = settings.num_samples
-    cond = requested(held_out, info, count)
-    key = jax.random.key(config.seed + 1)
-    out, rate = draw(settings, denoiser, info, mesh, key, cond, count)
-    nfe, x = parallel.fetch((out.nfe, out.x))
-    samples = {"x": x} | ({} if cond is None else {"cond": cond})
+    nfe, rate = None, None
+    if samples is None:
+        count = settings.num_samples
+        cond = requested(held_out, info, count)
+        key = jax.random.key(config.seed + 1)
+        out, rate = draw(settings, denoiser, info, mesh, key, cond, count)
+        nfe, x = parallel.fetch((out.nfe, out.x))
+        samples = {"x": x} | ({} if cond is None else {"cond": cond})
+    count, cond = len(samples["x"]), samples.get("cond")
 
     chosen = np.random.default_rng(0).permutation(len(source))[: min(count, len(source))]
     real, reference = source[chosen], held_out[references(len(held_out))]
     if metrics is None:
         metrics = build_metrics(config, source, len(held_out), mesh)
     numbers = measure(metrics, samples, reference, real) | {
-        "nfe": int(nfe[0]),
+        "nfe": None if nfe is None else int(nfe[0]),
         "images_per_second": rate,
         "train_steps_per_second": steps_per_second,
     }
@@ -445,10 +464,11 @@ def evaluate(
         return numbers
     write_json(run_dir / f"evaluation{name}.json", numbers)
     rows = [_row(name, numbers) for name in metrics]
-    speed = f"{rate:.0f} images/s (compilation included)"
+    speed = "given samples" if rate is None else f"{rate:.0f} images/s (compilation included)"
     if steps_per_second:
         speed += f", {steps_per_second:.1f} training steps/s"
-    speed += f", {numbers['nfe']} network evaluations each"
+    if nfe is not None:
+        speed += f", {numbers['nfe']} network evaluations each"
     header = (f"{count} samples", "samples", "real data")
     print(f"\n{figures.table(rows, header)}\n\n{speed}; figures and pictures are in {run_dir}")
     path = run_dir / f"samples{name}.png"

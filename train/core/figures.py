@@ -127,6 +127,13 @@ def table(rows: Sequence[tuple[str, str, str]], header: tuple[str, str, str]) ->
     return "\n".join([line(header), line(tuple("-" * w for w in widths)), *map(line, rows)])
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file, there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
     """Write columns of equal length under a header row; under a temporary name, then renamed."""
     temporary = path.with_suffix(".tmp.csv")

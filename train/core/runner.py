@@ -312,23 +312,25 @@ class Profiled:
 
 def train(
     config: RunConfig,
-    build: Callable[[], Mapping[str, Player]],
+    build: Callable[[], Mapping[str, Player]] | Mapping[str, Player],
     source: Source,
     held_out: Source,
     *,
     sampled: str,
     held_out_loss: Callable[..., Any] | None = None,
+    describe: bool = True,
 ) -> TrainState:
     """What every recipe does with its players: begin or go on, log, watch, keep, and evaluate.
 
     Args:
         config: the recipe's configuration, which `check` has passed.
         build: makes the players, by name. On several devices it is compiled, and each makes its
-            own part.
+            own part. Or the players themselves, such as those of another run.
         source: the data to train on.
         held_out: the data to measure against.
         sampled: the player whose averaged model is sampled and measured.
         held_out_loss: `(model, key, batch, frozen)`, logged where samples are; None for none.
+        describe: whether the run's directory alone is to make its models.
 
     Returns:
         The state at the end.
@@ -353,13 +355,15 @@ def train(
     store = CheckpointStore(run_dir / "checkpoints", keep=config.keep_checkpoints)
     several = mesh if mesh.size > 1 else None
     begin: Any = build
-    if config.init_from and not store.steps():
+    if not callable(build):
+        begin = dict(build)
+    elif config.init_from and not store.steps():
         begin = dict(build())
         begin[sampled] = begin_from(begin[sampled], config.init_from)
     elif several is None:
         begin = build()
     players = outline(begin) if callable(begin) else begin
-    if first:
+    if first and describe:
         save_model(run_dir, players, **dataclasses.asdict(info))
     key = jax.random.key(config.seed)
     state = init_train_state(begin, key, mesh=several, rules=TENSOR_RULES)

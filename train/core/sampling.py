@@ -12,7 +12,7 @@ import tyro
 from jaxtyping import Array
 
 import jaxdiff
-from jaxdiff import guidance, parallel, solvers
+from jaxdiff import finetuning, guidance, parallel, solvers
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.training import Run, load_run
@@ -136,6 +136,7 @@ class SamplingOptions:
         average: which average of the weights, counted from 0.
         ema_width: relative width of an average that is made afterwards, of power-function ones.
         batch_size: samples computed at a time.
+        adapter: file of an adapter that is merged into the network, adapter.npz of a tuned run.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional]
@@ -149,6 +150,7 @@ class SamplingOptions:
     average: int | None = None
     ema_width: float | None = None
     batch_size: int | None = None
+    adapter: str | None = None
 
 
 def changed(config: RunConfig, options: SamplingOptions) -> RunConfig:
@@ -167,7 +169,11 @@ def changed(config: RunConfig, options: SamplingOptions) -> RunConfig:
     return config
 
 
-def load_model(config: RunConfig) -> Run:
-    """The model of a run, with the average that the configuration wants."""
+def load_model(config: RunConfig, adapter: str | None = None) -> Run:
+    """The model of a run, with the average that the configuration wants, and perhaps an adapter."""
     settings = config.evaluation
-    return load_run(config.run_dir, average=settings.average, sigma_rel=settings.ema_width)
+    found = load_run(config.run_dir, average=settings.average, sigma_rel=settings.ema_width)
+    if adapter is None:
+        return found
+    adapted = finetuning.adapt(found.model, finetuning.load_adapter(adapter))
+    return found._replace(model=finetuning.merged(adapted))

@@ -1,0 +1,1 @@
+"""Fine-tuning of trained runs: what the commands build, measure and compare."""

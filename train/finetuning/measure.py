@@ -1,0 +1,157 @@
+"""A tuned sampler beside those of its base: figures of features that were not trained on."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdiff import metrics, parallel
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.training import write_json
+from train.core import figures
+from train.core.config import RunConfig, SamplingConfig
+from train.core.data import DataInfo, Source
+from train.core.evaluation import (
+    BLOCK,
+    ClassAccuracy,
+    Metric,
+    OfFeatures,
+    frechet,
+    kid,
+    load_classifier,
+    measure,
+    picture,
+    references,
+)
+from train.core.sampling import draw, requested
+
+TITLES = {
+    "nfe": ("evaluations", "{:.0f}"),
+    "frechet": ("Frechet", "{:.3f}"),
+    "kid": ("KID", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "density": ("density", "{:.2f}"),
+    "coverage": ("coverage", "{:.3f}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is compared: a name, a model, and how it is sampled."""
+
+    name: str
+    model: Denoiser
+    sampling: SamplingConfig
+
+
+def held_out_metrics(config: RunConfig, source: Source, mesh) -> dict[str, Metric]:
+    """Of the classifier that measures, which no loss has seen; of pixels without classes."""
+    info = DataInfo.of(source)
+    classes = len(info.event_shape) == 3 and bool(info.classes)
+    classifier = load_classifier(config, source, mesh) if classes else None
+
+    def density(x, y):
+        return metrics.density_coverage(x, y, block_size=BLOCK)[0]
+
+    def coverage(x, y):
+        return metrics.density_coverage(x, y, block_size=BLOCK)[1]
+
+    found: dict[str, Metric] = {
+        "frechet": OfFeatures(frechet, classifier),
+        "kid": OfFeatures(kid, classifier),
+        "density": OfFeatures(density, classifier),
+        "coverage": OfFeatures(coverage, classifier),
+    }
+    if classifier is not None:
+        found["accuracy"] = ClassAccuracy(classifier)
+    return found
+
+
+def compare(
+    rows: Sequence[Row],
+    config: RunConfig,
+    source: Source,
+    held_out: Source,
+    mesh,
+    *,
+    count: int,
+    chosen: Mapping[str, Metric],
+    folder: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Samples of every row from the same noise and conditions, and their figures.
+
+    Args:
+        rows: what is compared.
+        config: of the run.
+        source: the data trained on.
+        held_out: the data that samples are measured against.
+        mesh: the devices.
+        count: of samples.
+        chosen: metrics by name.
+        folder: where a picture of each row goes; None for none.
+
+    Returns:
+        row -> figure -> value.
+    """
+    info = DataInfo.of(source)
+    cond = requested(held_out, info, count)
+    key = jax.random.key(config.seed + 1)
+    reference = held_out[references(len(held_out))]
+    some = np.random.default_rng(0).permutation(len(source))[: min(count, len(source))]
+    real = source[np.sort(some)]
+    found = {}
+    for row in rows:
+        begun = time.perf_counter()
+        out, _ = draw(row.sampling, row.model, info, mesh, key, cond, count)
+        nfe, x = parallel.fetch((out.nfe, out.x))
+        samples = {"x": x} | ({} if cond is None else {"cond": cond})
+        found[row.name] = {
+            "nfe": int(nfe[0]),
+            **measure(chosen, samples, reference, real),
+            "seconds": time.perf_counter() - begun,
+        }
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = row.name.replace(" ", "-").replace(",", "")
+            picture(folder / f"{name}.png", x, cond, reference["x"], config.evaluation, info)
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures as Markdown, a row for each sampler and one for real data."""
+    names = [name for name in TITLES if name in next(iter(found.values()))]
+    lines = [
+        "| | " + " | ".join(TITLES[name][0] for name in names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for label, numbers in found.items():
+        cells = []
+        for name in names:
+            form = TITLES[name][1]
+            cell = form.format(numbers[name])
+            error = numbers.get(f"{name}_standard_error")
+            cells.append(cell if error is None else f"{cell} +- {form.format(error)}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    last = next(iter(found.values()))
+    floors = [
+        TITLES[name][1].format(last[f"{name}_floor"]) if f"{name}_floor" in last else "-"
+        for name in names
+    ]
+    lines.append("| real training data | " + " | ".join(floors) + " |")
+    return "\n".join(lines)
+
+
+def gap_closed(found: Mapping[str, Mapping[str, Any]], tuned: str, before: str, full: str) -> float:
+    """How much of the way in Frechet distance from one sampler to the full one: 1 is all."""
+    start, end = found[before]["frechet"], found[full]["frechet"]
+    return (start - found[tuned]["frechet"]) / (start - end)
+
+
+def save(found: Mapping[str, Any], path: Path) -> None:
+    """As JSON, and beside it as a table."""
+    write_json(path, found)
+    figures.write_text(path.with_suffix(".md"), table(found) + "\n")
