@@ -65,7 +65,7 @@ class RewardLoss(ThroughSampler):
 
         def of_copies(i, x0, cond):
             def one(j):
-                own = jax.random.fold_in(jax.random.fold_in(key, i), 2**31 + j)
+                own = jax.random.fold_in(jax.random.fold_in(key, i), 2**30 + j)
                 return self._reward(model(model.process.noise(own, x0, last), last, cond), cond)
 
             return jnp.mean(jax.vmap(one)(jnp.arange(self.copies)))

@@ -297,7 +297,8 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
         adapter: its weights.
     """
     path = Path(path)
-    arrays, info = {}, {}
+    arrays: dict[str, Any] = {}
+    info: dict[str, dict[str, Any]] = {}
     for name, low in adapter.kernels.items():
         arrays |= {f"{name}:down": np.asarray(low.down), f"{name}:up": np.asarray(low.up)}
         info[name] = {

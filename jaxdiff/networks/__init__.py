@@ -14,6 +14,8 @@ anew and no checkpoint fits:
 from jaxdiff.networks._classifier import ConvClassifier as ConvClassifier
 from jaxdiff.networks._dit import DIT_SIZES as DIT_SIZES
 from jaxdiff.networks._dit import DiT as DiT
+from jaxdiff.networks._inception import InceptionV3 as InceptionV3
+from jaxdiff.networks._inception import load_inception as load_inception
 from jaxdiff.networks._layers import Attention as Attention
 from jaxdiff.networks._layers import Network as Network
 from jaxdiff.networks._layers import attend as attend

@@ -20,7 +20,7 @@ from jaxdiff._checks import (
     check_number,
     check_scalars,
 )
-from jaxdiff._tree import Number, is_arraylike, number, traced_floats
+from jaxdiff._tree import Number, is_arraylike, is_known, number, traced_floats
 from jaxdiff.costs import flops_of
 from jaxdiff.networks import without_remat
 from jaxdiff.parallel import MIN_SIZE, Rules, gather_weights, on_mesh, shard_params
@@ -291,6 +291,8 @@ def _together(state: TrainState) -> TrainState:
     A step's results are bound to where they are: it would compile again for them.
     """
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    if not all(map(is_known, arrays)):  # inside a traced function
+        return state
     places = {leaf.sharding for leaf in arrays if leaf.committed}
     if len(places) != 1 or not isinstance(place := places.pop(), SingleDeviceSharding):
         return state

@@ -14,7 +14,7 @@ import pytest
 from cases import with_random_weights
 from flax import nnx
 
-from jaxdiff import losses, networks, parallel, processes
+from jaxdiff import finetuning, losses, metrics, networks, parallel, processes
 from jaxdiff._tree import jit
 from jaxdiff.denoiser import LearnedVarianceDenoiser, NetworkDenoiser
 from jaxdiff.training import (
@@ -30,12 +30,26 @@ KEY = jax.random.key(0)
 COUNT = 8
 PROCESSES = (processes.VP(), processes.Cosine(), processes.RectifiedFlow())
 
+
+def reward(x, cond):
+    """Of one sample."""
+    return -jnp.sum((x - cond) ** 2)
+
+
 # Every loss, as somebody would use it.
 LOSSES = {
     "DenoisingLoss": losses.DenoisingLoss(null_cond=2),
     "DenoisingLoss(ELBO)": losses.DenoisingLoss(losses.ELBO(), losses.UniformLogSNR(), null_cond=2),
     "DenoisingLoss(MinSNR)": losses.DenoisingLoss(losses.MinSNR(), losses.LogitNormal()),
     "HybridLoss": losses.HybridLoss(num_steps=50, null_cond=2),
+    "MMDLoss": finetuning.MMDLoss(times=2, features=jax.tree_util.Partial(jnp.sin)),
+    "MMDLoss(classes)": finetuning.MMDLoss(
+        times=2, features=jax.tree_util.Partial(jnp.sin), kernel=metrics.Energy(), num_classes=2
+    ),
+    "RewardLoss": finetuning.RewardLoss(times=2, reward=jax.tree_util.Partial(reward)),
+    "RewardLoss(copies)": finetuning.RewardLoss(
+        times=2, reward=jax.tree_util.Partial(reward), copies=2
+    ),
     "Balanced": outside.Balanced(losses.DenoisingLoss(null_cond=2)),
     "TowardsAverage": outside.TowardsAverage(),
 }
@@ -95,8 +109,12 @@ def test_no_loss_is_missing():
             return False
         return list(inspect.signature(value.__call__).parameters)[2:] == ["key", "batch", "frozen"]
 
-    public = {value for value in vars(losses).values() if is_loss(value)}
+    public = {
+        value for part in (losses, finetuning) for value in vars(part).values() if is_loss(value)
+    }
     assert losses.DenoisingLoss in public
+    # A base, and one of images and a source, which has tests of its own.
+    public -= {finetuning.ThroughSampler, finetuning.DomainStudioLoss}
     assert public <= {type(loss) for loss in LOSSES.values()}
 
 
@@ -145,9 +163,9 @@ def test_gradients_are_finite_in_any_precision_and_the_same_on_any_devices(name)
         return [at(process, batch()) for process in PROCESSES], low, at(PROCESSES[0], spread)
 
     whole, low, over = found(model.network, spread)
-    for value, (metrics, *_), slope in (*whole, low, over):
+    for value, (logged, *_), slope in (*whole, low, over):
         assert value.dtype == jnp.float32 and value.shape == ()
-        chex.assert_tree_all_finite((value, metrics, slope))
+        chex.assert_tree_all_finite((value, logged, slope))
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(slope))
         assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(slope))
     chex.assert_trees_all_close(over[2], whole[0][2], rtol=1e-4, atol=1e-6)

@@ -363,6 +363,8 @@ def train(
     elif several is None:
         begin = build()
     players = outline(begin) if callable(begin) else begin
+    if first:
+        run_dir.mkdir(parents=True, exist_ok=True)
     if first and describe:
         save_model(run_dir, players, **dataclasses.asdict(info))
     key = jax.random.key(config.seed)

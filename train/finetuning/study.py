@@ -201,7 +201,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for name, (nfe, value) in means.items():
         if nfe > max(STEPS):
             axes.axhline(value, color="grey", linestyle=":", label=name)
-    axes.set(xlabel="network evaluations", ylabel="Frechet distance", yscale="log")
+    axes.set(xlabel="network evaluations", ylabel="Frechet distance")
     axes.legend(fontsize=8)
     figures.save_figure(figure, path)
 
@@ -219,6 +219,7 @@ def main(study: Study) -> None:
     if unknown := sorted(set(names) - set(VARIANTS)):
         raise ValueError(f"`variants` must be among {list(VARIANTS)}, got {unknown[0]!r}.")
     for base in study.bases:
+        runner.launch(configured(options_of(study, base, "default")))
         done = {(row["base"], row["name"]) for row in read(study.out)}
         baselines(study, base, done)
         for name in names:

@@ -1,0 +1,167 @@
+"""Tuning a trained run by MMD, as a user does: tuned, gone on with, sampled, compared, ablated."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxdiff import data
+from jaxdiff.finetuning import load_adapter
+from jaxdiff.training import load_run
+from train import evaluate, finetune_mmd, pretrain, sample
+from train.core.config import EvaluationConfig, NetworkConfig
+from train.finetune_mmd import Options, configured
+from train.finetuning import measure, study
+from train.pretraining.recipe import PRESETS, Config
+
+TINY = {"num_samples": 64, "full_steps": 4, "sample_every": 0, "batch_size": 32}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Points in the plane: a run too short to be good."""
+    run_dir = str(tmp_path_factory.mktemp("toy") / "run")
+    config = dataclasses.replace(
+        PRESETS["toy2d"][1], run_dir=run_dir, steps=150, batch_size=64,
+        network=NetworkConfig(kind="mlp", channels=16, depth=1),
+        evaluation=EvaluationConfig(num_samples=64, batch_size=64, sampling_steps=3),
+    )  # fmt: skip
+    pretrain.main(config)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Digits by the smallest of networks."""
+    run_dir = str(tmp_path_factory.mktemp("digits") / "run")
+    pretrain.main(
+        Config(
+            run_dir=run_dir,
+            steps=4,
+            warmup_steps=1,
+            batch_size=16,
+            network=NetworkConfig(channels=8, channel_mults=(1,), attention_resolutions=()),
+            evaluation=EvaluationConfig(num_samples=16, sampling_steps=2, classifier_steps=2),
+        )  # fmt: skip
+    )
+    return run_dir
+
+
+def test_a_tuned_sampler_is_nearer_to_the_data(toy, tmp_path, capsys):
+    run_dir = tmp_path / "tuned"
+    options = Options(
+        toy, run_dir=str(run_dir), kernel="energy", sampling_steps=3, steps=60, learning_rate=3e-3,
+        **TINY | {"num_samples": 512, "batch_size": 128},
+    )  # fmt: skip
+    found = finetune_mmd.main(options)
+    tuned, before = found["tuned ddim, 3"], found["ddim, 3"]
+    assert tuned["nfe"] == before["nfe"] == 3 and found["ddim, 4"]["nfe"] == 4
+    assert tuned["frechet"] < 0.75 * before["frechet"] and tuned["kid"] < before["kid"]
+    assert "% of the way to ddim, 4." in capsys.readouterr().out
+    assert json.loads((run_dir / "comparison.json").read_text()) == found
+    assert "| tuned ddim, 3 | 3 |" in (run_dir / "comparison.md").read_text()
+    # Its directory is a run like any other; and the same command has nothing left to do.
+    assert load_run(run_dir).step == 60
+    sample.main(sample.Options(str(run_dir), num_samples=8, out=str(tmp_path / "samples")))
+    again = finetune_mmd.main(options)
+    assert again["tuned ddim, 3"]["frechet"] == tuned["frechet"]
+
+
+def test_an_adapter_is_tuned_saved_and_sampled(digits, tmp_path, capsys):
+    run_dir = tmp_path / "lora"
+    options = Options(
+        digits, run_dir=str(run_dir), sampling_steps=2, steps=2, rank=2, **TINY,
+    )  # fmt: skip
+    found = finetune_mmd.main(options)
+    assert set(found["ddim, 2"]) >= {"frechet", "kid", "accuracy", "density", "coverage"}
+    assert (run_dir / "comparison" / "tuned-ddim-2.png").exists()
+    adapter = load_adapter(run_dir / "adapter.npz")
+    assert any(np.abs(low.up).max() > 0 for low in adapter.kernels.values())
+    # Classifiers are kept with the base: one for the loss, another that measures.
+    names = {path.parent.name for path in tmp_path.parent.glob("digits*/run/*/2")}
+    assert names == {"classifier", "features"}
+    out, plain = tmp_path / "samples", tmp_path / "plain"
+    drawn = sample.Options(digits, num_samples=8, sampling_steps=2, out=str(plain))
+    sample.main(drawn)
+    file = str(run_dir / "adapter.npz")
+    sample.main(dataclasses.replace(drawn, adapter=file, out=str(out)))
+    x, y = (np.load(path / "samples.npz")["x"] for path in (out, plain))
+    assert np.abs(x - y).max() > 0
+
+
+def test_images_of_any_origin_are_measured(digits, tmp_path, capsys):
+    source = data.digits("test")
+    rows = np.arange(40)
+    np.savez(tmp_path / "mine.npz", **{k: np.asarray(v) for k, v in source[rows].items()})
+    images = tmp_path / "folder"
+    data.save_images(
+        images, source[rows]["x"], source[rows]["cond"], class_names=source.class_names
+    )
+    names = ("frechet", "kid", "precision", "recall", "density", "coverage", "vendi")
+    names += ("classifier_score", "copied", "c2st", "frechet_limit", "accuracy")
+    options = evaluate.Options(digits, metrics=names, num_samples=40)
+    figures = [
+        evaluate.main(dataclasses.replace(options, samples=str(path)))
+        for path in (tmp_path / "mine.npz", images)
+    ]
+    for name in names:
+        assert np.isfinite(figures[0][name]) and f"{name}_floor" in figures[0]
+    # PNG rounds to eight bits.
+    for name in ("accuracy", "coverage", "vendi", "classifier_score"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=0.05, abs=0.03)
+    assert figures[0]["nfe"] is None and "frechet_standard_error" in figures[0]
+    np.savez(tmp_path / "large.npz", x=np.zeros((4, 9, 9, 1), np.uint8))
+    with pytest.raises(ValueError, match=r"shape of the run's data, \(8, 8, 1\), got \(9, 9, 1\)"):
+        evaluate.main(dataclasses.replace(options, samples=str(tmp_path / "large.npz")))
+    np.savez(tmp_path / "plain.npz", x=np.zeros((4, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match="`samples` must say which class"):
+        evaluate.main(dataclasses.replace(options, samples=str(tmp_path / "plain.npz")))
+
+
+def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
+    out = tmp_path / "study.jsonl"
+    monkeypatch.setattr(study, "STEPS", (2, 5))
+    monkeypatch.setattr(study, "SOLVERS", ("ddim", "unipc"))
+    options = study.Study(
+        (toy,), out, variants=("energy distance",), steps=2, batch_size=16, num_samples=64,
+        full_steps=6,
+    )  # fmt: skip
+    study.main(options)
+    rows = study.read(out)
+    assert [row["name"] for row in rows] == [
+        "ddim, 2", "ddim, 5", "unipc, 2", "unipc, 5", "ddim, 6", "energy distance",
+    ]  # fmt: skip
+    study.main(dataclasses.replace(options, variants=("energy distance", "last step")))
+    assert study.read(out)[:-1] == rows and study.read(out)[-1]["name"] == "last step"
+    study.main(dataclasses.replace(options, table=True))
+    table = out.with_suffix(".md").read_text().splitlines()
+    assert len(table) == 9 and table[-1].startswith("| last step | 5 |") and "%" in table[-1]
+    assert out.with_suffix(".png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="`variants` must be among"):
+        study.main(dataclasses.replace(options, variants=("nothing",)))
+    # Means over seeds, and their errors; gaps are closed seed by seed.
+    other = [{**row, "seed": 1, "frechet": 2 * row["frechet"]} for row in rows]
+    text = study.summary([*rows, *other], "ddim, 6")
+    mean = 1.5 * rows[0]["frechet"]
+    assert f"| ddim, 2 | 2 | {mean:.3f} +- {mean / 3:.3f} |" in text
+    share = measure.gap_closed(
+        {row["name"]: row for row in rows}, "energy distance", "ddim, 5", "ddim, 6"
+    )
+    assert f"{share:.0%} +- 0%" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"last_k": 6}, "`mmd.last_k` must be at most `mmd.sampling_steps`, 5, got 6"),
+        ({"micro_batch": 48}, "`mmd.micro_batch` must divide `batch_size`, 128, got 48"),
+        ({"rank": -1}, "`mmd.rank` must be at least 0"),
+        ({"sampling_steps": 0}, "must be at least 1, got 0"),
+        ({"by_class": True, "statistic": "v"}, "goes with `mmd.statistic` u"),
+    ],
+)
+def test_numbers_that_make_no_run_are_refused(toy, changes, message):
+    config = configured(Options(toy, **changes))
+    with pytest.raises(ValueError, match=message):
+        config.check()
