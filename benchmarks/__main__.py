@@ -18,7 +18,7 @@ import tyro
 from benchmarks.calls import sample_call
 from benchmarks.compiling import compile_times
 from benchmarks.geometry import spectra
-from benchmarks.gradients import weight_gradients
+from benchmarks.gradients import mmd_updates, weight_gradients
 from benchmarks.loading import loader_rate
 from benchmarks.measure import Record
 from benchmarks.networks import compiler_options
@@ -32,6 +32,7 @@ GROUPS = (
     compile_times,
     loader_rate,
     weight_gradients,
+    mmd_updates,
     spectra,
     solver_overhead,
     compiler_options,

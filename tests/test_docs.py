@@ -34,7 +34,16 @@ def test_there_is_one_for_each_kind_and_the_page_shows_them():
 MODULES = {
     name: importlib.import_module(f"jaxdiff.{name}")
     for name in (
-        *("data", "geometry", "guidance", "likelihood", "losses", "metrics", "networks"),
+        *(
+            "data",
+            "finetuning",
+            "geometry",
+            "guidance",
+            "likelihood",
+            "losses",
+            "metrics",
+            "networks",
+        ),
         *("oracles", "parallel", "predictions", "processes", "solvers", "traces", "training"),
     )
 }

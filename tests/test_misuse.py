@@ -197,7 +197,7 @@ def test_players_are_those_of_the_state():
 
 
 def test_a_player_that_follows_compiles_one_program():
-    network = networks.MLP(2, hidden=8, num_blocks=1, rngs=nnx.Rngs(0))
+    network = networks.MLP(2, hidden=10, num_blocks=1, rngs=nnx.Rngs(0))
     model = jaxdiff.NetworkDenoiser(network, processes.VP())
     players = {
         "student": Player(model, losses.DenoisingLoss(), optax.sgd(0.1)),

@@ -9,6 +9,7 @@ from jaxdiff.metrics._c2st import c2st as c2st
 from jaxdiff.metrics._errors import FrechetLimit as FrechetLimit
 from jaxdiff.metrics._errors import bootstrap_error as bootstrap_error
 from jaxdiff.metrics._errors import frechet_limit as frechet_limit
+from jaxdiff.metrics._features import features_of as features_of
 from jaxdiff.metrics._frechet import frechet_distance as frechet_distance
 from jaxdiff.metrics._frechet import frechet_distance_gaussian as frechet_distance_gaussian
 from jaxdiff.metrics._kernels import RBF as RBF

@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy.stats import norm
 
-from jaxdiff import metrics
+from jaxdiff import data, metrics, parallel
 
 RNG = np.random.default_rng(0)
 vendi_score = jax.jit(metrics.vendi_score, static_argnames="order")
@@ -134,3 +134,38 @@ def test_errors():
         metrics.vendi_score(x, order=-1.0)
     with pytest.raises(ValueError, match="`logits` must be finite"):
         metrics.classifier_score(x * jnp.nan)
+
+
+def scaled(weights, x):
+    return jnp.concatenate([weights["w"] @ x, x[:1]])
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_features_of_many_are_streamed_over_devices_and_kept(tmp_path, spread, monkeypatch):
+    mesh = parallel.make_mesh(data=4, fsdp=2) if spread else None
+    x = RNG.normal(size=(53, 3)).astype(np.float32)
+    weights = {"w": RNG.normal(size=(2, 3)).astype(np.float32)}
+    features = jax.tree_util.Partial(scaled, weights)
+    expected = np.concatenate([x @ weights["w"].T, x[:, :1]], 1)
+    options = {"batch_size": 10, "mesh": mesh, "cache": tmp_path}
+    assert_allclose(metrics.features_of(features, x, **options), expected, rtol=1e-5, atol=1e-6)
+    source = data.array_source(x)
+    # Found again by contents, of an array or a source, in any batches; and not computed.
+    monkeypatch.setattr(metrics._features, "_mapped", None)
+    for examples, size in ((x, 10), (source, 10), (x, 7)):
+        found = metrics.features_of(features, examples, **{**options, "batch_size": size})
+        assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    others = {"w": weights["w"] + 1}
+    for function, examples in (
+        (jax.tree_util.Partial(scaled, others), x),
+        (jax.tree_util.Partial(lambda weights, x: scaled(weights, x), weights), x),
+        (features, x[:52]),
+    ):
+        metrics.features_of(function, examples, **options)
+    assert len(list(tmp_path.iterdir())) == 4
+    with pytest.raises(ValueError, match="`examples` must hold one at least"):
+        metrics.features_of(features, x[:0])
+    with pytest.raises(ValueError, match="`features` must return a vector"):
+        metrics.features_of(lambda x: x[0], x)

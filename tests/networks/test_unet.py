@@ -199,7 +199,7 @@ def test_neither_widens_nor_narrows_under_x64():
 
     def widths(network, x):
         program = jax.make_jaxpr(lambda n, x: n(x, 0.3, CLASS))(network, x)
-        convs = [e for e in program.eqns if e.primitive.name == "conv_general_dilated"]
+        convs = [e for e in program.eqns if e.primitive.name == "convolution"]
         assert len(convs) > 5
         return {str(v.aval.dtype) for e in (*convs, program.eqns[-1]) for v in e.outvars}
 

@@ -198,7 +198,7 @@ def test_another_configuration_is_refused_with_the_difference(uninterrupted):
         (["toy2d", "--seed", "9" * 30], "`seed` must be in"),
         (["toy2d", "--accumulate", "9", "--steps", "4"], "no update would be made"),
         (["toy2d", "--ema", "power", "--ema-widths"], "`ema_widths` must have one"),
-        (["toy2d", "--evaluation.metrics", "frechet"], "`evaluation.metrics` must be among"),
+        (["toy2d", "--evaluation.metrics", "accuracy"], "`evaluation.metrics` must be among"),
         (["toy2d", "--mesh.data", "3"], "number of devices, 8"),
         (["toy2d", "--launch.num-processes", "2"], "must be given together"),
     ],

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import tree_util
 from jaxtyping import Array
 from tqdm import tqdm
 
@@ -152,6 +153,7 @@ class OfFeatures:
         metric: of the features of samples and of reference.
         classifier: whose; None for pixels.
         against: examples in place of the reference, such as all that was trained on.
+        cache: where features are kept, for reference examples are measured again and again.
         equal: whether as many of both are compared.
     """
 
@@ -161,23 +163,28 @@ class OfFeatures:
         classifier: networks.ConvClassifier | None,
         *,
         against: Batch | None = None,
+        cache: Path | None = None,
         equal: bool = False,
     ):
-        self.metric, self.classifier = metric, classifier
+        self.metric, self.cache = metric, cache
+        self.features = tree_util.Partial(_flat if classifier is None else _seen, classifier)
         self.against, self.equal = against, equal
 
     def __call__(self, samples: Batch, reference: Batch) -> Any:
         """What the metric gives."""
         reference = reference if self.against is None else self.against
-        x, y = (self._features(batch["x"]) for batch in (samples, reference))
+        x = metrics.features_of(self.features, np.asarray(samples["x"]))
+        y = metrics.features_of(self.features, np.asarray(reference["x"]), cache=self.cache)
         count = min(len(x), len(y)) if self.equal else None
-        return self.metric(x[:count], y[:count])
+        return self.metric(jnp.asarray(x[:count]), jnp.asarray(y[:count]))
 
-    def _features(self, x) -> Array:
-        if self.classifier is None:
-            return jnp.asarray(x).reshape(len(x), -1)
-        parts = [_look(self.classifier, x[i : i + 1000])[1] for i in range(0, len(x), 1000)]
-        return jnp.concatenate(parts)
+
+def _flat(_, x):
+    return x.reshape(-1)
+
+
+def _seen(classifier, x):
+    return classifier.features(x)
 
 
 class ClassifierScore:
@@ -203,12 +210,14 @@ def frechet(x: Array, y: Array) -> tuple[Array, Array]:
     return distance(x, y), metrics.bootstrap_error(key, distance, x, y, count=20)
 
 
-def of_features(classifier: networks.ConvClassifier | None, source: Source) -> dict[str, Metric]:
+def of_features(
+    classifier: networks.ConvClassifier | None, source: Source, cache: Path
+) -> dict[str, Metric]:
     """The metrics of features, by name."""
     key, most = jax.random.key(0), np.arange(min(len(source), MOST_REFERENCES))
 
     def one(metric, **options):
-        return OfFeatures(metric, classifier, **options)
+        return OfFeatures(metric, classifier, cache=cache, **options)
 
     return {
         "frechet": one(frechet),
@@ -354,7 +363,7 @@ def build_metrics(
             "classifier_score": ClassifierScore(classifier),
         }
     if set(FEATURES) & set(names):
-        found |= of_features(classifier, source)
+        found |= of_features(classifier, source, config.shared_dir / "features-of-data")
     return {name: found[name] for name in names}
 
 

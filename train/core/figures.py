@@ -42,7 +42,9 @@ def loss_curve(run_dir: Path) -> None:
     if held_out:
         at, found = ([r[name] for r in held_out] for name in ("step", "held_out_loss"))
         axes.plot(at, found, "o-", ms=3, lw=1, label="averaged weights, held-out data")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    # An unbiased squared distance may be negative.
+    scale = "log" if min(values) > 0 else "linear"
+    axes.set(xlabel="step", ylabel="loss", yscale=scale)
     axes.legend(frameon=False)
     save_figure(figure, run_dir / "loss.png")
 

@@ -60,11 +60,12 @@ def held_out_metrics(config: RunConfig, source: Source, mesh) -> dict[str, Metri
     def coverage(x, y):
         return metrics.density_coverage(x, y, block_size=BLOCK)[1]
 
+    cache = config.shared_dir / "features-of-data"
     found: dict[str, Metric] = {
-        "frechet": OfFeatures(frechet, classifier),
-        "kid": OfFeatures(kid, classifier),
-        "density": OfFeatures(density, classifier),
-        "coverage": OfFeatures(coverage, classifier),
+        "frechet": OfFeatures(frechet, classifier, cache=cache),
+        "kid": OfFeatures(kid, classifier, cache=cache),
+        "density": OfFeatures(density, classifier, cache=cache),
+        "coverage": OfFeatures(coverage, classifier, cache=cache),
     }
     if classifier is not None:
         found["accuracy"] = ClassAccuracy(classifier)

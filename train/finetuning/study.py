@@ -134,7 +134,8 @@ def variant(study: Study, base: str, name: str) -> None:
     )  # fmt: skip
     logged = figures.read_metrics(Path(config.run_dir))
     speed = [line["steps_per_second"] for line in logged if "steps_per_second" in line]
-    updates = {"updates": config.steps, "updates_per_second": float(np.median(speed))}
+    rate = float(np.median(speed)) if speed else None
+    updates = {"updates": config.steps, "updates_per_second": rate}
     add(
         study.out,
         {"base": Path(base).name, "name": name, "seed": config.seed, **found[name], **updates},

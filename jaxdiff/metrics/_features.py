@@ -1,0 +1,106 @@
+"""Features of many examples: a batch at a time, over devices, and kept on disk."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array, Float
+
+from jaxdiff import parallel
+from jaxdiff._checks import check_callable, check_count
+from jaxdiff._tree import jit
+
+
+def features_of(
+    features: Callable[[Array], Array],
+    examples: Any,
+    *,
+    batch_size: int = 500,
+    mesh: Mesh | None = None,
+    cache: str | Path | None = None,
+) -> Float[np.ndarray, "n d"]:
+    """Features of an array's or a source's examples, of which a batch is in memory at a time.
+
+    Kept on disk they are found again by all that they depend on: the contents of the examples, the
+    weights and the structure of `features`, and the name of its function. The code of
+    the function is not looked at: after changing that, take another directory.
+
+    Args:
+        features: of one example, `(*event)` to `(d,)`; a pytree whose weights are leaves, such as
+            `jax.tree_util.Partial(f, weights)`, so that nothing is compiled into the program.
+        examples: `(n, *event)`, or a source of `jaxdiff.data`.
+        batch_size: examples at a time; on a mesh, over all devices.
+        mesh: the devices over which each batch is split; None for one.
+        cache: directory of what is kept; None keeps nothing.
+
+    Returns:
+        The features, in NumPy.
+
+    Raises:
+        ValueError: for no examples, or features that are not vectors.
+    """
+    check_callable("features", features, "jax.tree_util.Partial(f, weights)")
+    count = len(examples)
+    if count == 0:
+        raise ValueError("`examples` must hold one at least, got none.")
+    size = min(check_count("batch_size", batch_size), count)
+    if mesh is not None:
+        parts = mesh.size // mesh.shape["tensor"]
+        size = -(-size // parts) * parts
+
+    def batch(start: int) -> np.ndarray:
+        # The last one is filled up, so that one program serves all.
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        found = examples[rows]
+        return np.asarray(found["x"] if isinstance(found, dict) else found)
+
+    starts = range(0, count, size)
+    path = None
+    if cache is not None:
+        digest = hashlib.sha256(_described(features))
+        for start in starts:
+            digest.update(np.ascontiguousarray(batch(start)[: count - start]).tobytes())
+        path = Path(cache) / f"{digest.hexdigest()[:32]}.npy"
+        if path.exists():
+            return np.load(path, allow_pickle=False)
+    parts_found = []
+    for start in starts:
+        x: Any = batch(start)
+        x = x if mesh is None else parallel.place_batch(x, parallel.batch_sharding(mesh))
+        found = np.asarray(parallel.fetch(_mapped(features, x)))
+        if found.ndim != 2:
+            raise ValueError(
+                f"`features` must return a vector for an example, got shape {found.shape[1:]}."
+            )
+        parts_found.append(found[: count - start])
+    values = np.concatenate(parts_found)
+    if path is not None and parallel.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, values)
+        temporary.replace(path)
+    return values
+
+
+@jit
+def _mapped(features, x):
+    return jax.vmap(features)(x)
+
+
+def _described(features: Any) -> bytes:
+    """What tells one function of features from another."""
+    inner = getattr(features, "func", features)
+    name = f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner))}"
+    digest = hashlib.sha256(name.encode())
+    for path, leaf in tree_leaves_with_path(features):
+        digest.update(keystr(path).encode())
+        if isinstance(leaf, (jax.Array, np.ndarray, float, int)):
+            array = np.asarray(leaf)
+            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.digest()
