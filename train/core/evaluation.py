@@ -1,5 +1,6 @@
 """Measuring samples against held-out real data: metrics by name, a table, and a picture."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,10 @@ class OfFeatures:
         reference = reference if self.against is None else self.against
         x = metrics.features_of(self.features, np.asarray(samples["x"]))
         y = metrics.features_of(self.features, np.asarray(reference["x"]), cache=self.cache)
-        count = min(len(x), len(y)) if self.equal else None
-        return self.metric(jnp.asarray(x[:count]), jnp.asarray(y[:count]))
+        if self.equal:  # of either the same number, whatever its order
+            count = min(len(x), len(y))
+            x, y = (z[np.random.default_rng(0).permutation(len(z))[:count]] for z in (x, y))
+        return self.metric(jnp.asarray(x), jnp.asarray(y))
 
 
 def _flat(_, x):
@@ -216,6 +219,9 @@ def of_features(
     """The metrics of features, by name."""
     key, most = jax.random.key(0), np.arange(min(len(source), MOST_REFERENCES))
 
+    precision_recall = functools.partial(metrics.precision_recall, block_size=BLOCK)
+    density_coverage = functools.partial(metrics.density_coverage, block_size=BLOCK)
+
     def one(metric, **options):
         return OfFeatures(metric, classifier, cache=cache, **options)
 
@@ -223,10 +229,10 @@ def of_features(
         "frechet": one(frechet),
         "frechet_limit": one(lambda x, y: metrics.frechet_limit(key, x, y)[:2]),
         "kid": one(kid),
-        "precision": one(lambda x, y: metrics.precision_recall(x, y, block_size=BLOCK)[0]),
-        "recall": one(lambda x, y: metrics.precision_recall(x, y, block_size=BLOCK)[1]),
-        "density": one(lambda x, y: metrics.density_coverage(x, y, block_size=BLOCK)[0]),
-        "coverage": one(lambda x, y: metrics.density_coverage(x, y, block_size=BLOCK)[1]),
+        "precision": one(lambda x, y: precision_recall(x, y)[0], equal=True),
+        "recall": one(lambda x, y: precision_recall(x, y)[1], equal=True),
+        "density": one(lambda x, y: density_coverage(x, y)[0], equal=True),
+        "coverage": one(lambda x, y: density_coverage(x, y)[1], equal=True),
         "vendi": one(lambda x, y: metrics.vendi_score(x[:MOST_EIGENVALUES])),
         "c2st": one(lambda x, y: tuple(metrics.c2st(key, x, y)), equal=True),
         "copied": OfFeatures(

@@ -64,8 +64,8 @@ def held_out_metrics(config: RunConfig, source: Source, mesh) -> dict[str, Metri
     found: dict[str, Metric] = {
         "frechet": OfFeatures(frechet, classifier, cache=cache),
         "kid": OfFeatures(kid, classifier, cache=cache),
-        "density": OfFeatures(density, classifier, cache=cache),
-        "coverage": OfFeatures(coverage, classifier, cache=cache),
+        "density": OfFeatures(density, classifier, cache=cache, equal=True),
+        "coverage": OfFeatures(coverage, classifier, cache=cache, equal=True),
     }
     if classifier is not None:
         found["accuracy"] = ClassAccuracy(classifier)
