@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from jaxdiff import data, parallel
+from jaxdiff import data, networks, parallel
 from train.core.config import MetricName, RunConfig, load_config
 from train.core.data import DataInfo, build_sources
 from train.core.evaluation import check_metrics, evaluate
@@ -36,6 +36,8 @@ class Options(SamplingOptions):
         name: of the figures, evaluation-<name>.json; None for the solver and its steps.
         data_path: where the data are, if they have moved.
         samples: images to measure in place of the run's, a folder or an npz file.
+        inception: file of InceptionV3's weights, whose features are compared then: FID and KID as
+            the field has them; see `jaxdiff.networks.load_inception`.
     """
 
     num_samples: int | None = None
@@ -44,6 +46,7 @@ class Options(SamplingOptions):
     name: str | None = None
     data_path: str | None = None
     samples: str | None = None
+    inception: str | None = None
 
 
 def read_samples(path: str, info: DataInfo) -> dict[str, Any]:
@@ -89,6 +92,13 @@ def main(options: Options) -> dict[str, float]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} If the data have moved, pass --data-path.") from None
     settings = config.evaluation
+    inception = None
+    if options.inception is not None:
+        if len(source.event_shape) != 3 or source.event_shape[-1] not in (1, 3):
+            raise ValueError(
+                f"`inception` sees images, grey or in colour, got data of {source.event_shape}."
+            )
+        inception = networks.load_inception(options.inception)
     check_metrics(DataInfo.of(source), settings, len(held_out))
     model = load_model(config, options.adapter).model
     name, samples = options.name or f"{settings.solver}-{settings.sampling_steps}", None
@@ -96,8 +106,9 @@ def main(options: Options) -> dict[str, float]:
         samples = read_samples(options.samples, DataInfo.of(source))
         name = options.name or Path(options.samples).stem
     return evaluate(
-        config, model, source, held_out, parallel.make_mesh(), name=f"-{name}", samples=samples
-    )
+        config, model, source, held_out, parallel.make_mesh(), name=f"-{name}", samples=samples,
+        inception=inception,
+    )  # fmt: skip
 
 
 def cli(args: list[str] | None = None) -> int:

@@ -114,6 +114,11 @@ def test_images_of_any_origin_are_measured(digits, tmp_path, capsys):
         evaluate.main(dataclasses.replace(options, samples=str(tmp_path / "plain.npz")))
 
 
+def test_inception_sees_images_alone(toy):
+    with pytest.raises(ValueError, match="`inception` sees images, grey or in colour, got data of"):
+        evaluate.main(evaluate.Options(toy, inception="weights.pth"))
+
+
 def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
     out = tmp_path / "study.jsonl"
     monkeypatch.setattr(study, "STEPS", (2, 5))

@@ -42,6 +42,7 @@ are any.
 """
 MOST_REFERENCES = 50_000  # as many as the field's metrics are taken over
 BLOCK = 250  # rows of matrices between samples that are in memory at once
+MOST_RESAMPLED = 256  # features of which Frechet distances are resampled
 MOST_EIGENVALUES = 2000  # of samples whose matrix is diagonalised
 FEATURES = (
     *("frechet", "frechet_limit", "kid", "precision", "recall", "density", "coverage", "vendi"),
@@ -148,11 +149,11 @@ class ClassAccuracy:
 
 
 class OfFeatures:
-    """A metric of a classifier's features, or of the pixels themselves without one.
+    """A metric of a network's features, or of the pixels themselves without one.
 
     Args:
         metric: of the features of samples and of reference.
-        classifier: whose; None for pixels.
+        classifier: whose; a small classifier, InceptionV3, or None for pixels.
         against: examples in place of the reference, such as all that was trained on.
         cache: where features are kept, for reference examples are measured again and again.
         equal: whether as many of both are compared.
@@ -161,7 +162,7 @@ class OfFeatures:
     def __init__(
         self,
         metric: Callable[[Array, Array], Any],
-        classifier: networks.ConvClassifier | None,
+        classifier: networks.ConvClassifier | networks.InceptionV3 | None,
         *,
         against: Batch | None = None,
         cache: Path | None = None,
@@ -170,12 +171,15 @@ class OfFeatures:
         self.metric, self.cache = metric, cache
         self.features = tree_util.Partial(_flat if classifier is None else _seen, classifier)
         self.against, self.equal = against, equal
+        # Inception sees images of 299 x 299, whatever the data's size.
+        self.batch_size = 32 if isinstance(classifier, networks.InceptionV3) else 500
 
     def __call__(self, samples: Batch, reference: Batch) -> Any:
         """What the metric gives."""
         reference = reference if self.against is None else self.against
-        x = metrics.features_of(self.features, np.asarray(samples["x"]))
-        y = metrics.features_of(self.features, np.asarray(reference["x"]), cache=self.cache)
+        found, there, size = samples["x"], reference["x"], self.batch_size
+        x = metrics.features_of(self.features, np.asarray(found), batch_size=size)
+        y = metrics.features_of(self.features, np.asarray(there), batch_size=size, cache=self.cache)
         if self.equal:  # of either the same number, whatever its order
             count = min(len(x), len(y))
             x, y = (z[np.random.default_rng(0).permutation(len(z))[:count]] for z in (x, y))
@@ -187,7 +191,8 @@ def _flat(_, x):
 
 
 def _seen(classifier, x):
-    return classifier.features(x)
+    grey = isinstance(classifier, networks.InceptionV3) and x.shape[-1] == 1
+    return classifier.features(jnp.repeat(x, 3, -1) if grey else x)
 
 
 class ClassifierScore:
@@ -207,14 +212,16 @@ def kid(x: Array, y: Array) -> tuple[Array, Array]:
     return value, jnp.sqrt(metrics.mmd2_variance(x, y, block_size=BLOCK))
 
 
-def frechet(x: Array, y: Array) -> tuple[Array, Array]:
-    """The Frechet distance, and its standard error by resampling both."""
+def frechet(x: Array, y: Array) -> tuple[Array, ...]:
+    """The Frechet distance and, where it is quickly taken again, its error by resampling both."""
     key, distance = jax.random.key(0), metrics.frechet_distance
+    if x.shape[1] > MOST_RESAMPLED:
+        return (distance(x, y),)
     return distance(x, y), metrics.bootstrap_error(key, distance, x, y, count=20)
 
 
 def of_features(
-    classifier: networks.ConvClassifier | None, source: Source, cache: Path
+    classifier: networks.ConvClassifier | networks.InceptionV3 | None, source: Source, cache: Path
 ) -> dict[str, Metric]:
     """The metrics of features, by name."""
     key, most = jax.random.key(0), np.arange(min(len(source), MOST_REFERENCES))
@@ -352,9 +359,16 @@ def check_metrics(info: DataInfo, settings: EvaluationConfig, count: int) -> Non
 
 
 def build_metrics(
-    config: RunConfig, source: Source, count: int, mesh: jax.sharding.Mesh
+    config: RunConfig,
+    source: Source,
+    count: int,
+    mesh: jax.sharding.Mesh,
+    inception: networks.InceptionV3 | None = None,
 ) -> dict[str, Metric]:
-    """The metrics that the configuration names, or all that suit so many held-out examples."""
+    """The metrics that the configuration names, or all that suit so many held-out examples.
+
+    Those of features are of Inception's if it is given, and of a small classifier's otherwise.
+    """
     settings, info = config.evaluation, DataInfo.of(source)
     names = settings.metrics or suitable(info, settings, count)
     found: dict[str, Metric] = {"sliced_wasserstein": sliced_wasserstein, "mmd2": mmd2}
@@ -369,7 +383,9 @@ def build_metrics(
             "classifier_score": ClassifierScore(classifier),
         }
     if set(FEATURES) & set(names):
-        found |= of_features(classifier, source, config.shared_dir / "features-of-data")
+        found |= of_features(
+            inception or classifier, source, config.shared_dir / "features-of-data"
+        )
     return {name: found[name] for name in names}
 
 
@@ -439,6 +455,7 @@ def evaluate(
     steps_per_second: float | None = None,
     name: str = "",
     samples: dict[str, Any] | None = None,
+    inception: networks.InceptionV3 | None = None,
 ) -> dict[str, float]:
     """Sample, write figures and pictures, and print a table.
 
@@ -454,6 +471,7 @@ def evaluate(
         steps_per_second: of the training, for the table.
         name: of the files.
         samples: examples to measure in place of the denoiser's.
+        inception: whose features are compared, in place of a small classifier's.
     """
     run_dir, settings, info = Path(config.run_dir), config.evaluation, DataInfo.of(source)
     nfe, rate = None, None
@@ -469,7 +487,7 @@ def evaluate(
     chosen = np.random.default_rng(0).permutation(len(source))[: min(count, len(source))]
     real, reference = source[chosen], held_out[references(len(held_out))]
     if metrics is None:
-        metrics = build_metrics(config, source, len(held_out), mesh)
+        metrics = build_metrics(config, source, len(held_out), mesh, inception)
     numbers = measure(metrics, samples, reference, real) | {
         "nfe": None if nfe is None else int(nfe[0]),
         "images_per_second": rate,
