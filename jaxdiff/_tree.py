@@ -120,6 +120,11 @@ def derivative(fn: Callable[[Array], Array], t: Array) -> Array:
     return jax.jvp(fn, (t,), (jnp.ones_like(t),))[1]
 
 
+def dots(x: Array, y: Array) -> Array:
+    """x @ y in full precision, no TF32 or bfloat16: where what matters is a thousandth of it."""
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
 def root(x: Array | float) -> Array:
     """sqrt(max(x, 0)), whose derivative where x <= 0 is 0 and not infinite or NaN.
 

@@ -16,9 +16,8 @@ from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_count, check_key, check_kind, check_number
-from jaxdiff._tree import Number, is_arraylike, number
+from jaxdiff._tree import Number, dots, is_arraylike, number
 from jaxdiff.denoiser import Denoiser, at_network
-from jaxdiff.metrics._kernels import dots
 from jaxdiff.parallel import path_of
 from jaxdiff.taps import Tap
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from jaxdiff._checks import check_count, check_key, check_kind, check_number
-from jaxdiff._tree import Number, number
+from jaxdiff._tree import Number, dots, number
 from jaxdiff.metrics._pair import feature_pair
 
 
@@ -302,11 +301,6 @@ def median_bandwidth(x: Float[Array, "n *event"], y: Float[Array, "m *event"]) -
     pooled = jnp.concatenate(feature_pair(x, y, minimum=1))
     pairs = jnp.triu_indices(len(pooled), 1)
     return jnp.median(jnp.sqrt(squared_distances(pooled, pooled)[pairs]))
-
-
-def dots(x: Array, y: Array) -> Array:
-    """x @ y. The differences that matter are a thousandth of the entries: no TF32 or bfloat16."""
-    return jnp.matmul(x, y, precision=Precision.HIGHEST)
 
 
 def squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from jaxdiff._checks import check_count, check_key, check_kind
-from jaxdiff._tree import batched, is_known
-from jaxdiff.metrics._kernels import FiniteKernel, Kernel, Polynomial, dots
+from jaxdiff._tree import batched, dots, is_known
+from jaxdiff.metrics._kernels import FiniteKernel, Kernel, Polynomial
 from jaxdiff.metrics._pair import feature_pair, features
 
 # Rows that tell by which constant kernel values are moved; any constant is right.

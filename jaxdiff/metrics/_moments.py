@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff.metrics._kernels import dots
+from jaxdiff._tree import dots
 from jaxdiff.metrics._pair import features
 
 
