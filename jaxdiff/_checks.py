@@ -56,6 +56,12 @@ def check_cond(cond: PyTree, num_samples: int) -> None:
             )
 
 
+def check_network_cond(network: Any, cond: PyTree) -> None:
+    """What a network itself checks of its conditions, if it has a `check_cond`."""
+    if hasattr(network, "check_cond"):
+        network.check_cond(cond)
+
+
 def check_scalars(*trees: PyTree) -> None:
     """Reject numbers of denoisers, solvers and losses that are arrays, and would be broadcast.
 

@@ -141,6 +141,19 @@ def bounded(x: Array, low: Array, high: Array) -> Array:
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
+def straight_through_clip(x: Array, low: Number = -1.0, high: Number = 1.0) -> Array:
+    """x clipped to [low, high], with the derivative of x itself.
+
+    A clip has none outside its range, where samples of few steps begin.
+
+    Args:
+        x: of any shape.
+        low: smallest value.
+        high: largest value.
+    """
+    return x + jax.lax.stop_gradient(jnp.clip(x, low, high) - x)
+
+
 def chunked(
     run: Callable[..., PyTree], batch_size: int | None, sharding: NamedSharding | None = None
 ) -> Callable[..., PyTree]:

@@ -10,8 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_callable, check_kind, check_number, check_takes_key
-from jaxdiff._tree import Number, number
+from jaxdiff._checks import (
+    check_callable,
+    check_kind,
+    check_network_cond,
+    check_number,
+    check_takes_key,
+)
+from jaxdiff._tree import Number, number, straight_through_clip
 from jaxdiff.conditions import as_entries, from_entries
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.predictions import Eps, Prediction
@@ -246,8 +252,7 @@ class TappedDenoiser(Denoiser):
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`: what the network itself checks, if it has a `check_cond`."""
-        if hasattr(self.network, "check_cond"):
-            self.network.check_cond(cond)
+        check_network_cond(self.network, cond)
 
     def inputs(self, x: Array, t: Array) -> tuple[Array, Array]:
         """What the network sees of x at time t: the scaled example `(*event)` and its label."""
@@ -447,11 +452,14 @@ class Clipped(DenoiserMap):
         base: the denoiser to clip.
         low: smallest value of the data.
         high: largest value of the data, > low.
+        straight_through: whether the derivative is that of the base itself, outside the range too:
+            to differentiate through a sampler that clips.
     """
 
     base: Denoiser
     low: Number = number(-1.0)
     high: Number = number(1.0)
+    straight_through: bool = eqx.field(static=True, default=False, kw_only=True)
 
     def __check_init__(self):
         check_number("low", self.low)
@@ -463,7 +471,8 @@ class Clipped(DenoiserMap):
     ) -> Estimate:
         """See `Denoiser`."""
         found = self.base.estimate(x, t, cond, key=key)
-        return found.replace(x0=jnp.clip(found.x0, self.low, self.high))
+        clip = straight_through_clip if self.straight_through else jnp.clip
+        return found.replace(x0=clip(found.x0, self.low, self.high))
 
 
 class DynamicThresholding(DenoiserMap):

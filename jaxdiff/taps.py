@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_network_cond
+
 
 class Tap:
     """What one call of a network does at its taps.
@@ -195,8 +197,7 @@ class EditedNetwork(eqx.Module):
 
     def check_cond(self, cond: PyTree) -> None:
         """What the network itself checks of its conditions."""
-        if hasattr(self.network, "check_cond"):
-            self.network.check_cond(cond)
+        check_network_cond(self.network, cond)
 
     def __call__(
         self,

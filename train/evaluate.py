@@ -53,7 +53,7 @@ def read_samples(path: str, info: DataInfo) -> dict[str, Any]:
     """Images of any origin, of the form of the run's data.
 
     Raises:
-        ValueError: for another shape, or labels outside the run's classes.
+        ValueError: for another shape, or classes that are none of the run's.
     """
     there = data.npz(path) if path.endswith(".npz") else data.image_folder(path)
     if there.event_shape != info.event_shape:
@@ -67,8 +67,8 @@ def read_samples(path: str, info: DataInfo) -> dict[str, Any]:
             "`samples` must say which class each image is to show, in folders or as `cond`, for "
             f"data of {info.num_classes} classes."
         )
-    if info.class_names and there.class_names:  # classes by name, in the run's order
-        order = {name: i for i, name in enumerate(info.class_names)}
+    if info.num_classes and not info.cond and there.class_names:  # by name, in the run's order
+        order = {info.name_of(i): i for i in range(info.num_classes)}
         if strange := [name for name in there.class_names if name not in order]:
             raise ValueError(
                 f"`samples` must have folders named as the classes, {list(order)}, got "
@@ -76,6 +76,10 @@ def read_samples(path: str, info: DataInfo) -> dict[str, Any]:
             )
         ranks = np.array([order[name] for name in there.class_names])
         found["cond"] = ranks[np.asarray(found["cond"])].astype(np.int32)
+    if info.num_classes and not info.cond and np.max(found["cond"]) >= info.num_classes:
+        raise ValueError(
+            f"`samples` must have labels below {info.num_classes}, got {np.max(found['cond'])}."
+        )
     return found
 
 
@@ -91,20 +95,23 @@ def main(options: Options) -> dict[str, float]:
         source, held_out = build_sources(config.data)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} If the data have moved, pass --data-path.") from None
-    settings = config.evaluation
-    inception = None
+    samples, info = None, DataInfo.of(source)
+    if options.samples is not None:
+        samples = read_samples(options.samples, info)
+        counted = dataclasses.replace(config.evaluation, num_samples=len(samples["x"]))
+        config = dataclasses.replace(config, evaluation=counted)
+    settings, inception = config.evaluation, None
     if options.inception is not None:
-        if len(source.event_shape) != 3 or source.event_shape[-1] not in (1, 3):
+        if len(info.event_shape) != 3 or info.event_shape[-1] not in (1, 3):
             raise ValueError(
-                f"`inception` sees images, grey or in colour, got data of {source.event_shape}."
+                f"`inception` sees images, grey or in colour, got data of {info.event_shape}."
             )
         inception = networks.load_inception(options.inception)
-    check_metrics(DataInfo.of(source), settings, len(held_out))
+    check_metrics(info, settings, len(held_out))
     model = load_model(config, options.adapter).model
-    name, samples = options.name or f"{settings.solver}-{settings.sampling_steps}", None
-    if options.samples is not None:
-        samples = read_samples(options.samples, DataInfo.of(source))
-        name = options.name or Path(options.samples).stem
+    name = options.name or f"{settings.solver}-{settings.sampling_steps}"
+    if samples is not None:
+        name = options.name or Path(str(options.samples)).stem
     return evaluate(
         config, model, source, held_out, parallel.make_mesh(), name=f"-{name}", samples=samples,
         inception=inception,

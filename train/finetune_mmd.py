@@ -25,8 +25,8 @@ from train.core.config import (
     SolverName,
     load_config,
 )
-from train.core.data import build_sources
-from train.core.evaluation import load_classifier
+from train.core.data import DataInfo, build_sources
+from train.core.evaluation import classifiable, features_by, load_classifier
 from train.finetuning import measure, recipe
 from train.finetuning.recipe import Config, MMDConfig
 
@@ -41,7 +41,7 @@ class Options:
         solver: what is tuned, and sampled with afterwards.
         sampling_steps: its steps.
         guidance_scale: at which it is tuned; 1 is the plain conditional model.
-        features: of a classifier of its own, or the pixels; None for what the data have.
+        features: of a classifier of its own, or the pixels; "auto" for what the data have.
         kernel: on features.
         statistic: "u" is unbiased, "v" is not.
         by_class: match within each class.
@@ -68,7 +68,7 @@ class Options:
     solver: SolverName = "ddim"
     sampling_steps: int = 5
     guidance_scale: float = 1.0
-    features: Literal["classifier", "pixels"] | None = None
+    features: Literal["auto", "classifier", "pixels"] = "auto"
     kernel: Literal["poly1", "poly2", "poly3", "rbf", "energy"] = "poly3"
     statistic: Literal["u", "v"] = "u"
     by_class: bool = False
@@ -96,11 +96,7 @@ def configured(options: Options) -> Config:
     data = there.data
     if options.data_path is not None:
         data = dataclasses.replace(data, path=options.data_path)
-    features = options.features or ("pixels" if there.network.kind == "mlp" else "classifier")
-    mmd = MMDConfig(
-        **{f.name: getattr(options, f.name) for f in dataclasses.fields(MMDConfig)}
-        | {"features": features}
-    )  # fmt: skip
+    mmd = MMDConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(MMDConfig)})
     run_dir = options.run_dir or str(Path(options.base) / "mmd")
     shared = ("steps", "batch_size", "learning_rate", "grad_clip", "ema_decay", "seed")
     shared += ("sample_every", "checkpoint_every", "mesh", "launch")
@@ -125,9 +121,9 @@ def tune(config: Config):
     features = recipe.build_features(config, source, mesh)
     loss = recipe.build_loss(config, base, source, features)
     watched = loss
-    if config.mmd.features == "classifier":
+    if classifiable(DataInfo.of(source)):
         # The kernel that is trained on can be met without better images: watch another's.
-        other = recipe.seen_by(load_classifier(config, source, mesh))
+        other = features_by(load_classifier(config, source, mesh))
         watched = recipe.build_loss(config, base, source, other)
     state = runner.train(
         config,
@@ -177,8 +173,12 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     if parallel.is_first():
         measure.save(found, run_dir / "comparison.json")
         names = [row.name for row in rows]
-        share = measure.gap_closed(found, names[0], names[1], names[-1])
-        print(f"\n{measure.table(found)}\n\n{share:.0%} of the way to {names[-1]}.")
+        share = measure.gap_closed(found[names[0]], found[names[1]], found[names[-1]])
+        if share is None:
+            said = f"{names[-1]} is no nearer to the data than {names[1]}: no gap to close."
+        else:
+            said = f"{share:.0%} of the way to {names[-1]}."
+        print(f"\n{measure.table(found)}\n\n{said}")
     return found
 
 

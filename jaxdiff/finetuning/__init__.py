@@ -1,5 +1,6 @@
 """Fine-tuning: adapters, losses through the sampler, adaptation to few images, ensembles."""
 
+from jaxdiff._tree import straight_through_clip as straight_through_clip
 from jaxdiff.finetuning._domain_studio import DomainStudioLoss as DomainStudioLoss
 from jaxdiff.finetuning._domain_studio import haar_details as haar_details
 from jaxdiff.finetuning._draft import RewardLoss as RewardLoss
@@ -17,6 +18,4 @@ from jaxdiff.finetuning._lora import merge as merge
 from jaxdiff.finetuning._lora import merged as merged
 from jaxdiff.finetuning._lora import save_adapter as save_adapter
 from jaxdiff.finetuning._mmd import MMDLoss as MMDLoss
-from jaxdiff.finetuning._through_sampler import StraightThroughClipped as StraightThroughClipped
 from jaxdiff.finetuning._through_sampler import ThroughSampler as ThroughSampler
-from jaxdiff.finetuning._through_sampler import straight_through_clip as straight_through_clip

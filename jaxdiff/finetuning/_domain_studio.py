@@ -11,7 +11,7 @@ from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.losses import TimeLaw, Uniform, UniformTime, Weighting
-from jaxdiff.losses._batch import each_example, wide
+from jaxdiff.losses._batch import check_batch, each_example, wide
 
 
 class DomainStudioLoss(eqx.Module):
@@ -71,6 +71,7 @@ class DomainStudioLoss(eqx.Module):
         Raises:
             ValueError: for fewer than 3 examples, among which there is nothing to be kept.
         """
+        check_batch(batch)
         source = frozen["source"]
         for model in (denoiser, source):
             check_denoiser(model)

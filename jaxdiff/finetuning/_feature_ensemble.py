@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_network_cond
 from jaxdiff.networks._layers import timestep_embedding
 from jaxdiff.taps import EditedNetwork, read_taps
 
@@ -100,6 +101,10 @@ class FeatureEnsemble(eqx.Module):
             for name, shape in shapes.items()
         }
         return cls(eqx.combine(stacked, static), gates)
+
+    def check_cond(self, cond: PyTree) -> None:
+        """What the networks themselves check of their conditions."""
+        check_network_cond(self.networks, cond)
 
     def __call__(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_count, check_key, check_kind, check_number
+from jaxdiff._checks import check_count, check_key, check_kind, check_network_cond, check_number
 from jaxdiff._tree import Number, dots, is_arraylike, number
 from jaxdiff.denoiser import Denoiser, at_network
 from jaxdiff.parallel import path_of
@@ -202,6 +202,12 @@ def merge(network: PyTree, *adapters: Adapter) -> PyTree:
 
     def one(path, leaf):
         found = [a.kernels[name] for a in adapters if (name := path_of(path)) in a.kernels]
+        for low in found:
+            if (size := low.down.size // low.down.shape[-1] * low.up.shape[-1]) != leaf.size:
+                raise ValueError(
+                    f"`adapters` must be of this network, got one with {size} weights "
+                    f"for {path_of(path)!r}, which has the shape {leaf.shape}."
+                )
         return leaf + sum(low.change(leaf) for low in found) if found else leaf
 
     return tree_map_with_path(one, network)
@@ -235,8 +241,7 @@ class AdaptedNetwork(eqx.Module):
 
     def check_cond(self, cond: PyTree) -> None:
         """What the network itself checks of its conditions."""
-        if hasattr(self.network, "check_cond"):
-            self.network.check_cond(cond)
+        check_network_cond(self.network, cond)
 
     def merged(self) -> Callable[..., Array]:
         """The network with its adapters merged, for good."""
@@ -263,7 +268,7 @@ def adapt(denoiser: Denoiser, *adapters: Adapter) -> Denoiser:
     """
 
     def one(node):
-        merge(node.network, *adapters)
+        eqx.filter_eval_shape(merge, node.network, *adapters)
         return eqx.tree_at(lambda d: d.network, node, AdaptedNetwork(node.network, adapters))
 
     return at_network(denoiser, one)

@@ -94,6 +94,12 @@ class MMDLoss(ThroughSampler):
         # Of data nothing is differentiated: frozen weights, frozen images.
         real = jax.lax.stop_gradient(jax.vmap(self.features)(x))
         if self.num_classes is not None:
+            plain = cond is not None and not isinstance(cond, dict)
+            if not (plain and jnp.issubdtype(jnp.result_type(cond), jnp.integer)):
+                raise ValueError(
+                    "`num_classes` needs the labels of the batch, integers in `batch['cond']`, got "
+                    f"{type(cond).__name__}. Leave it out to match over all."
+                )
             labels = jnp.asarray(cond)
             loss, _ = conditional_mmd2(
                 fake, labels, real, labels, self.kernel, num_classes=self.num_classes

@@ -10,51 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_callable, check_count, check_kind, check_number
-from jaxdiff._tree import Number, number
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, check_denoiser
+from jaxdiff._checks import check_callable, check_count, check_kind
+from jaxdiff._tree import straight_through_clip
+from jaxdiff.denoiser import Denoiser, check_denoiser
+from jaxdiff.losses._batch import check_batch
 from jaxdiff.parallel import batch_sharding_here
 from jaxdiff.sampling import sample
 from jaxdiff.solvers import DDIM
-
-
-def straight_through_clip(x: Array, low: Number = -1.0, high: Number = 1.0) -> Array:
-    """x clipped to [low, high], with the derivative of x itself.
-
-    A clip has none outside its range, where samples of few steps begin.
-
-    Args:
-        x: of any shape.
-        low: smallest value.
-        high: largest value.
-    """
-    return x + jax.lax.stop_gradient(jnp.clip(x, low, high) - x)
-
-
-class StraightThroughClipped(DenoiserMap):
-    """`Clipped`, with the derivative of the denoiser itself: to tune what is sampled with a clip.
-
-    Args:
-        base: the denoiser to clip.
-        low: smallest value of the data.
-        high: largest value of the data, > low.
-    """
-
-    base: Denoiser
-    low: Number = number(-1.0)
-    high: Number = number(1.0)
-
-    def __check_init__(self):
-        check_number("low", self.low)
-        if isinstance(self.low, float):
-            check_number("high", self.high, above=self.low)
-
-    def estimate(
-        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Estimate:
-        """See `Denoiser`."""
-        found = self.base.estimate(x, t, cond, key=key)
-        return found.replace(x0=straight_through_clip(found.x0, self.low, self.high))
 
 
 def _same(denoiser: Denoiser) -> Denoiser:
@@ -165,7 +127,11 @@ class ThroughSampler(eqx.Module):
 
         Returns:
             The scalar loss, and metrics.
+
+        Raises:
+            TypeError: for a batch that is none, or whose examples are no floats.
         """
+        check_batch(batch)
         return self.of_samples(denoiser, key, batch, frozen)
 
     @abstractmethod

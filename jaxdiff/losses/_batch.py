@@ -1,6 +1,7 @@
 """What the losses of a batch share: keys, levels and conditions of its examples."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,20 +49,31 @@ def each_example(
     Returns:
         What the loss returns, with a leading axis B.
     """
+    check_batch(batch)
+    x0, cond = batch["x"], batch.get("cond")
+    count = x0.shape[0]
+    time_key, example_key = jax.random.split(key)
+    keys = jax.vmap(lambda i: jax.random.fold_in(example_key, i))(jnp.arange(count))
+    return jax.vmap(loss)(keys, stratified_uniform(time_key, count), x0, cond)
+
+
+def check_batch(batch: Any) -> None:
+    """Reject what is no training batch.
+
+    Raises:
+        TypeError: for anything but a dict, or examples that are no floats.
+        ValueError: for conditions of another length.
+    """
     if not isinstance(batch, Mapping) or "x" not in batch:
         got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise TypeError(f'`batch` must be a dict {{"x": examples, "cond": conditions}}, got {got}.')
-    x0, cond = batch["x"], batch.get("cond")
+    x0 = batch["x"]
     if not jnp.issubdtype(jnp.result_type(x0), jnp.floating) or not jnp.ndim(x0) or not len(x0):
         raise TypeError(
             f"`batch['x']` must be floats of one example at least, got {jnp.result_type(x0)} of "
             f"shape {jnp.shape(x0)}. Scale pixels to [-1, 1]: x / 127.5 - 1."
         )
-    count = x0.shape[0]
-    check_cond(cond, count)
-    time_key, example_key = jax.random.split(key)
-    keys = jax.vmap(lambda i: jax.random.fold_in(example_key, i))(jnp.arange(count))
-    return jax.vmap(loss)(keys, stratified_uniform(time_key, count), x0, cond)
+    check_cond(batch.get("cond"), len(x0))
 
 
 def drop_cond(key: PRNGKeyArray, cond: PyTree, null_cond: PyTree, rate: Array | float) -> PyTree:

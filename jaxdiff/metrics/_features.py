@@ -1,14 +1,15 @@
 """Features of many examples: a batch at a time, over devices, and kept on disk."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array, Float
 
 from jaxdiff import parallel
@@ -27,8 +28,8 @@ def features_of(
     """Features of an array's or a source's examples, of which a batch is in memory at a time.
 
     Kept on disk they are found again by all that they depend on: the contents of the examples, the
-    weights and the structure of `features`, and the name of its function. The code of
-    the function is not looked at: after changing that, take another directory.
+    weights and the structure of `features`, and the names of its functions. Their code is not
+    looked at: after changing that, take another directory.
 
     Args:
         features: of one example, `(*event)` to `(d,)`; a pytree whose weights are leaves, such as
@@ -42,6 +43,8 @@ def features_of(
         The features, in NumPy.
 
     Raises:
+        TypeError: for examples that are no floats, such as bytes that are still to be scaled; for a
+            `cache` with a function that hides what it depends on.
         ValueError: for no examples, or features that are not vectors.
     """
     check_callable("features", features, "jax.tree_util.Partial(f, weights)")
@@ -57,7 +60,12 @@ def features_of(
         # The last one is filled up, so that one program serves all.
         rows = np.minimum(np.arange(start, start + size), count - 1)
         found = examples[rows]
-        return np.asarray(found["x"] if isinstance(found, dict) else found)
+        x = np.asarray(found["x"] if isinstance(found, dict) else found)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"`examples` must be floats, got {x.dtype}. Scale pixels to [-1, 1]: x / 127.5 - 1."
+            )
+        return x
 
     starts = range(0, count, size)
     path = None
@@ -94,13 +102,26 @@ def _mapped(features, x):
 
 
 def _described(features: Any) -> bytes:
-    """What tells one function of features from another."""
-    inner = getattr(features, "func", features)
-    name = f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner))}"
-    digest = hashlib.sha256(name.encode())
-    for path, leaf in tree_leaves_with_path(features):
-        digest.update(keystr(path).encode())
-        if isinstance(leaf, (jax.Array, np.ndarray, float, int)):
+    """What tells one function of features from another.
+
+    Raises:
+        TypeError: for a function that hides what it depends on.
+    """
+    # Fields that are no leaves are in the structure, where functions have addresses.
+    structure = re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure(features)))
+    digest = hashlib.sha256(structure.encode())
+    leaves = jax.tree.leaves(features)
+    for leaf in [getattr(features, "func", None), *leaves]:
+        if isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, float, int, str)):
             array = np.asarray(leaf)
             digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        elif leaf is not None:
+            if getattr(leaf, "__closure__", None) or getattr(leaf, "__self__", None) is not None:
+                raise TypeError(
+                    "`features` must show what it depends on to be kept in `cache`, got "
+                    f"{getattr(leaf, '__qualname__', leaf)!r}, a method or a closure. Pass "
+                    "jax.tree_util.Partial(function of a module, weights)."
+                )
+            name = getattr(leaf, "__qualname__", type(leaf).__qualname__)
+            digest.update(f"{getattr(leaf, '__module__', '')}.{name}".encode())
     return digest.digest()

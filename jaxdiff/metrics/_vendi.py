@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxdiff._checks import check_kind, check_number
+from jaxdiff._tree import is_known
 from jaxdiff.metrics._kernels import Kernel, Polynomial
 from jaxdiff.metrics._pair import features
 
@@ -31,7 +32,8 @@ def vendi_score(
         The score, a scalar in [1, n]. It grows with n: compare figures of equal n alone.
 
     Raises:
-        ValueError: for no examples, or numbers that are not finite.
+        ValueError: for no examples, numbers that are not finite, or an example that has no
+            similarity with itself, as a vector of zeros with the cosine.
 
     Reference: Friedman, Dieng, "The Vendi Score", 2022, arXiv 2210.02410, definition 3.1; orders:
     Pasarkar, Dieng, "Cousins of the Vendi Score", 2023, arXiv 2310.12952, eq. 2.
@@ -40,7 +42,13 @@ def vendi_score(
     check_number("order", order, least=0.0, finite=False)
     x = features("x", x)
     gram = kernel(x, x)
-    norms = jnp.sqrt(jnp.diag(gram))
+    own = jnp.diag(gram)
+    if is_known(own) and not (own > 0).all():
+        raise ValueError(
+            "`kernel` must be positive for every example with itself, got "
+            f"{float(jnp.min(own)):.3g}. Leave out examples of zeros, or take an RBF()."
+        )
+    norms = jnp.sqrt(own)
     gram = gram / norms[:, None] / norms / len(x)
     if order == 2:
         return 1 / jnp.sum(gram**2)

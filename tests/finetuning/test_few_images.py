@@ -1,7 +1,5 @@
 """DomainStudio's loss and feature ensembles: identities, symmetries and closed forms."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -215,4 +213,8 @@ def test_errors():
         finetuning.FeatureEnsemble.of([unet(0), unet(1)], ["nowhere"], images(1)[0])
     with pytest.raises(ValueError, match="`relative` must be at least 0"):
         finetuning.DomainStudioLoss(relative=-1.0)
-    assert dataclasses.replace(finetuning.DomainStudioLoss(), detail=0.0).detail == 0.0
+    nets = [networks.MLP(2, hidden=8, num_classes=2, rngs=nnx.Rngs(i)) for i in (0, 1)]
+    ensemble = finetuning.FeatureEnsemble.of(nets, [], jnp.zeros(2), jnp.asarray(0))
+    model = jaxdiff.NetworkDenoiser(ensemble, processes.VP())
+    with pytest.raises(ValueError, match="Labels must lie in"):
+        jaxdiff.sample(KEY, model, (2,), 2, cond=jnp.array([0, 7]), times=2)

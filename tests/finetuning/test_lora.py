@@ -238,6 +238,9 @@ def test_errors(tmp_path):
     adapter = finetuning.make_adapter(unet(), KEY)
     with pytest.raises(ValueError, match="`adapters` must be of this network"):
         finetuning.adapt(jaxdiff.NetworkDenoiser(network, processes.VP()), adapter)
+    wider = networks.MLP(2, hidden=32, num_blocks=1, num_classes=3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="got one with .* weights for .*, which has the shape"):
+        finetuning.merge(wider, finetuning.make_adapter(network, KEY))
     (tmp_path / "no.npz").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="a file that `save_adapter` wrote"):
         finetuning.load_adapter(tmp_path / "no.npz")

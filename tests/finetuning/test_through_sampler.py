@@ -366,6 +366,16 @@ def test_the_clip_is_straight_through():
     assert_allclose(slope, [-2.0, 0.6, 2.0])
 
 
+def test_a_clip_in_the_sampler_hides_no_gradient(x64):
+    base = jaxdiff.oracles.gaussian(processes.VP(), jnp.full(2, 3.0), jnp.eye(2) / 4)
+    x, t = jnp.ones(2), jnp.asarray(0.3)
+    plain, through = (jaxdiff.Clipped(base, straight_through=flag) for flag in (False, True))
+    assert_allclose(through(x, t), plain(x, t), rtol=1e-12)
+    slopes = [jax.jacfwd(lambda x, d=d: d(x, t))(x) for d in (plain, through, base)]
+    assert_allclose(slopes[0], 0)
+    assert_allclose(slopes[1], slopes[2], rtol=1e-12)
+
+
 def test_memory_grows_by_states_alone():
     """Of a 32 x 32 UNet: four times the steps, and less than one more evaluation's memory."""
     net = networks.UNet(
@@ -406,6 +416,12 @@ def test_errors_of_a_batch():
     loss = finetuning.MMDLoss(features=identity, micro_batch=5)
     with pytest.raises(ValueError, match="`micro_batch` must divide the batch, 12, got 5"):
         loss(model, KEY, {"x": jnp.zeros((12, 2))}, {})
+    with pytest.raises(TypeError, match="must be floats of one example at least, got int32"):
+        loss(model, KEY, {"x": jnp.zeros((12, 2), jnp.int32)}, {})
+    for cond in (None, {"label": jnp.zeros(12, jnp.int32)}, jnp.zeros(12)):
+        by_class = finetuning.MMDLoss(features=identity, times=2, num_classes=2)
+        with pytest.raises(ValueError, match="`num_classes` needs the labels of the batch|label"):
+            by_class(model, KEY, {"x": jnp.zeros((12, 2)), "cond": cond}, {})
     loss = finetuning.MMDLoss(features=lambda x: x[None], times=2)
     with pytest.raises(ValueError, match="`features` must return a vector"):
         loss(model, KEY, {"x": jnp.zeros((4, 2))}, {})

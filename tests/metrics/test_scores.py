@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose
 from scipy.stats import norm
 
-from jaxdiff import data, metrics, parallel
+from jaxdiff import data, metrics, networks, parallel
 
 RNG = np.random.default_rng(0)
 vendi_score = jax.jit(metrics.vendi_score, static_argnames="order")
@@ -132,6 +133,8 @@ def test_errors():
         metrics.c2st(jax.random.key(0), x, x, folds=1)
     with pytest.raises(ValueError, match="`order` must be at least 0"):
         metrics.vendi_score(x, order=-1.0)
+    with pytest.raises(ValueError, match="`kernel` must be positive for every example"):
+        metrics.vendi_score(x.at[3].set(0.0))
     with pytest.raises(ValueError, match="`logits` must be finite"):
         metrics.classifier_score(x * jnp.nan)
 
@@ -169,3 +172,13 @@ def test_features_of_many_are_streamed_over_devices_and_kept(tmp_path, spread, m
         metrics.features_of(features, x[:0])
     with pytest.raises(ValueError, match="`features` must return a vector"):
         metrics.features_of(lambda x: x[0], x)
+    with pytest.raises(TypeError, match="`examples` must be floats, got uint8"):
+        metrics.features_of(features, np.zeros((4, 3), np.uint8))
+    # What a function hides would be taken for what was kept.
+    for hidden in (lambda x: x * weights["w"][0], classifier().features):
+        with pytest.raises(TypeError, match="`features` must show what it depends on"):
+            metrics.features_of(hidden, x, cache=tmp_path)
+
+
+def classifier():
+    return networks.ConvClassifier(image_size=2, in_channels=1, num_classes=2, rngs=nnx.Rngs(0))

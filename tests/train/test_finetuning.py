@@ -11,6 +11,7 @@ from jaxdiff.finetuning import load_adapter
 from jaxdiff.training import load_run
 from train import evaluate, finetune_mmd, pretrain, sample
 from train.core.config import EvaluationConfig, NetworkConfig
+from train.core.data import DataInfo
 from train.finetune_mmd import Options, configured
 from train.finetuning import measure, study
 from train.pretraining.recipe import PRESETS, Config
@@ -58,7 +59,10 @@ def test_a_tuned_sampler_is_nearer_to_the_data(toy, tmp_path, capsys):
     tuned, before = found["tuned ddim, 3"], found["ddim, 3"]
     assert tuned["nfe"] == before["nfe"] == 3 and found["ddim, 4"]["nfe"] == 4
     assert tuned["frechet"] < 0.75 * before["frechet"] and tuned["kid"] < before["kid"]
-    assert "% of the way to ddim, 4." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    share = measure.gap_closed(tuned, before, found["ddim, 4"])
+    said = "is no nearer to the data" if share is None else f"{share:.0%} of the way to ddim, 4."
+    assert said in printed
     assert json.loads((run_dir / "comparison.json").read_text()) == found
     assert "| tuned ddim, 3 | 3 |" in (run_dir / "comparison.md").read_text()
     assert load_run(run_dir).step == 60  # a run like any other
@@ -109,6 +113,14 @@ def test_images_of_any_origin_are_measured(digits, tmp_path, capsys):
     np.savez(tmp_path / "large.npz", x=np.zeros((4, 9, 9, 1), np.uint8))
     with pytest.raises(ValueError, match=r"shape of the run's data, \(8, 8, 1\), got \(9, 9, 1\)"):
         evaluate.main(dataclasses.replace(options, samples=str(tmp_path / "large.npz")))
+    # Folders are classes by their names, and not by their ranks.
+    few = source[np.flatnonzero(source.labels >= 3)[:20]]
+    data.save_images(tmp_path / "some", few["x"], few["cond"], class_names=source.class_names)
+    found = evaluate.read_samples(str(tmp_path / "some"), DataInfo.of(source))
+    assert sorted(found["cond"]) == sorted(few["cond"])
+    data.save_images(tmp_path / "strange", few["x"], 0 * few["cond"], class_names=["cat"])
+    with pytest.raises(ValueError, match="folders named as the classes.*got 'cat'"):
+        evaluate.read_samples(str(tmp_path / "strange"), DataInfo.of(source))
     np.savez(tmp_path / "plain.npz", x=np.zeros((4, 8, 8, 1), np.uint8))
     with pytest.raises(ValueError, match="`samples` must say which class"):
         evaluate.main(dataclasses.replace(options, samples=str(tmp_path / "plain.npz")))
@@ -117,6 +129,15 @@ def test_images_of_any_origin_are_measured(digits, tmp_path, capsys):
 def test_inception_sees_images_alone(toy):
     with pytest.raises(ValueError, match="`inception` sees images, grey or in colour, got data of"):
         evaluate.main(evaluate.Options(toy, inception="weights.pth"))
+
+
+def test_what_does_not_go_with_the_data_is_refused(toy):
+    for changes, message in (
+        ({"features": "classifier"}, "`mmd.features` classifier needs images of classes"),
+        ({"by_class": True}, "`mmd.by_class` needs data whose condition is a class"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune_mmd.tune(configured(Options(toy, **changes)))
 
 
 def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
@@ -136,19 +157,27 @@ def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
     assert study.read(out)[:-1] == rows and study.read(out)[-1]["name"] == "last step"
     study.main(dataclasses.replace(options, table=True))
     table = out.with_suffix(".md").read_text().splitlines()
-    assert len(table) == 9 and table[-1].startswith("| last step | 5 |") and "%" in table[-1]
+    assert len(table) == 9 and table[-1].startswith("| last step | 5 |")
     assert out.with_suffix(".png").stat().st_size > 5000
     with pytest.raises(ValueError, match="`variants` must be among"):
         study.main(dataclasses.replace(options, variants=("nothing",)))
     # Means over seeds, and their errors; gaps are closed seed by seed.
+    rows = [row | {"frechet": 0.0} if row["name"] == "ddim, 6" else row for row in rows]
     other = [{**row, "seed": 1, "frechet": 2 * row["frechet"]} for row in rows]
     text = study.summary([*rows, *other], "ddim, 6")
     mean = 1.5 * rows[0]["frechet"]
     assert f"| ddim, 2 | 2 | {mean:.3f} +- {mean / 3:.3f} |" in text
-    share = measure.gap_closed(
-        {row["name"]: row for row in rows}, "energy distance", "ddim, 5", "ddim, 6"
-    )
-    assert f"{share:.0%} +- 0%" in text
+    named = {row["name"]: row for row in rows}
+    share = measure.gap_closed(*(named[name] for name in ("energy distance", "ddim, 5", "ddim, 6")))
+    assert share is not None and f"{share:.0%} +- 0%" in text
+    assert measure.gap_closed(named["ddim, 5"], named["ddim, 6"], named["ddim, 5"]) is None
+    # Nothing is mixed up: other settings, a seed twice, and no results at all are refused.
+    with pytest.raises(ValueError, match="`out` must be a file of the same settings"):
+        study.main(dataclasses.replace(options, steps=3))
+    with pytest.raises(ValueError, match="`bases` must have names and seeds of their own"):
+        study.main(dataclasses.replace(options, bases=(toy, toy)))
+    with pytest.raises(ValueError, match="which has none"):
+        study.main(dataclasses.replace(options, out=tmp_path / "none.jsonl", table=True))
 
 
 @pytest.mark.parametrize(

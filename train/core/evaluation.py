@@ -154,7 +154,7 @@ class OfFeatures:
     Args:
         metric: of the features of samples and of reference.
         classifier: whose; a small classifier, InceptionV3, or None for pixels.
-        against: examples in place of the reference, such as all that was trained on.
+        against: a source in place of the reference, such as all that was trained on.
         cache: where features are kept, for reference examples are measured again and again.
         equal: whether as many of both are compared.
     """
@@ -164,26 +164,33 @@ class OfFeatures:
         metric: Callable[[Array, Array], Any],
         classifier: networks.ConvClassifier | networks.InceptionV3 | None,
         *,
-        against: Batch | None = None,
+        against: Source | None = None,
         cache: Path | None = None,
         equal: bool = False,
     ):
         self.metric, self.cache = metric, cache
-        self.features = tree_util.Partial(_flat if classifier is None else _seen, classifier)
+        self.features = features_by(classifier)
         self.against, self.equal = against, equal
         # Inception sees images of 299 x 299, whatever the data's size.
         self.batch_size = 32 if isinstance(classifier, networks.InceptionV3) else 500
 
     def __call__(self, samples: Batch, reference: Batch) -> Any:
         """What the metric gives."""
-        reference = reference if self.against is None else self.against
-        found, there, size = samples["x"], reference["x"], self.batch_size
-        x = metrics.features_of(self.features, np.asarray(found), batch_size=size)
-        y = metrics.features_of(self.features, np.asarray(there), batch_size=size, cache=self.cache)
+        there = np.asarray(reference["x"]) if self.against is None else self.against
+        size = self.batch_size
+        x = metrics.features_of(self.features, np.asarray(samples["x"]), batch_size=size)
+        y = metrics.features_of(self.features, there, batch_size=size, cache=self.cache)
         if self.equal:  # of either the same number, whatever its order
             count = min(len(x), len(y))
             x, y = (z[np.random.default_rng(0).permutation(len(z))[:count]] for z in (x, y))
         return self.metric(jnp.asarray(x), jnp.asarray(y))
+
+
+def features_by(
+    classifier: networks.ConvClassifier | networks.InceptionV3 | None,
+) -> Callable[[Array], Array]:
+    """What a network sees in one image, or its pixels; the weights are leaves."""
+    return tree_util.Partial(_flat if classifier is None else _seen, classifier)
 
 
 def _flat(_, x):
@@ -209,7 +216,8 @@ class ClassifierScore:
 def kid(x: Array, y: Array) -> tuple[Array, Array]:
     """The unbiased squared MMD under a cubic kernel, and its standard error."""
     value = metrics.mmd2_unbiased(x, y, block_size=BLOCK)
-    return value, jnp.sqrt(metrics.mmd2_variance(x, y, block_size=BLOCK))
+    variance = metrics.mmd2_variance(x, y, block_size=BLOCK)
+    return value, jnp.where(variance > 0, jnp.sqrt(variance), jnp.nan)  # 0 is "not known"
 
 
 def frechet(x: Array, y: Array) -> tuple[Array, ...]:
@@ -224,8 +232,7 @@ def of_features(
     classifier: networks.ConvClassifier | networks.InceptionV3 | None, source: Source, cache: Path
 ) -> dict[str, Metric]:
     """The metrics of features, by name."""
-    key, most = jax.random.key(0), np.arange(min(len(source), MOST_REFERENCES))
-
+    key = jax.random.key(0)
     precision_recall = functools.partial(metrics.precision_recall, block_size=BLOCK)
     density_coverage = functools.partial(metrics.density_coverage, block_size=BLOCK)
 
@@ -244,7 +251,7 @@ def of_features(
         "c2st": one(lambda x, y: tuple(metrics.c2st(key, x, y)), equal=True),
         "copied": OfFeatures(
             lambda x, y: metrics.copied_share(x, y, block_size=BLOCK), None,
-            against=source[most],
+            against=source, cache=cache,
         ),
     }  # fmt: skip
 
@@ -321,11 +328,16 @@ class PromptDigit:
         return _share(self.said[apart.argmin(1)] == said[rows])
 
 
-def suitable(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[str, ...]:
-    """Names of the metrics that are taken of such data unless others are asked for."""
+def classifiable(info: DataInfo) -> bool:
+    """Whether the data are images of classes that the small classifier can learn."""
     shape = info.event_shape
     images = len(shape) == 3 and shape[0] % 2 == 0 and shape[1] % 2 == 0
-    classes = images and bool(info.classes) and not info.cond and settings.classifier_steps > 0
+    return images and bool(info.classes) and not info.cond
+
+
+def suitable(info: DataInfo, settings: EvaluationConfig, count: int) -> tuple[str, ...]:
+    """Names of the metrics that are taken of such data unless others are asked for."""
+    classes = classifiable(info) and settings.classifier_steps > 0
     pairs = min(settings.num_samples, count) > 1
     return (
         *(("accuracy", "frechet") if classes and pairs else ()),

@@ -73,12 +73,16 @@ def build_times(settings: SamplingConfig, process: GaussianProcess) -> Any:
     return getattr(solvers, f"{settings.times}_times")(process, settings.sampling_steps)
 
 
-def guided(denoiser: Denoiser, data: Source | DataInfo, scale: float) -> Denoiser:
+def guided(
+    denoiser: Denoiser, data: Source | DataInfo, scale: float, *, straight_through: bool = False
+) -> Denoiser:
     """The denoiser one samples from: guided, and clipped last to the range of what are pixels."""
     info = data if isinstance(data, DataInfo) else DataInfo.of(data)
     if info.null_cond is not None and scale != 1:
         denoiser = guidance.ClassifierFree(denoiser, info.null_cond, scale)
-    return jaxdiff.Clipped(denoiser) if info.pixels else denoiser
+    if not info.pixels:
+        return denoiser
+    return jaxdiff.Clipped(denoiser, straight_through=straight_through)
 
 
 def requested(source: Source, info: DataInfo, count: int) -> Any:

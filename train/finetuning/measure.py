@@ -9,21 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdiff import metrics, parallel
+from jaxdiff import parallel
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.training import write_json
 from train.core import figures
 from train.core.config import RunConfig, SamplingConfig
 from train.core.data import DataInfo, Source
 from train.core.evaluation import (
-    BLOCK,
     ClassAccuracy,
     Metric,
-    OfFeatures,
-    frechet,
-    kid,
+    classifiable,
     load_classifier,
     measure,
+    of_features,
     picture,
     references,
 )
@@ -50,26 +48,12 @@ class Row:
 
 def held_out_metrics(config: RunConfig, source: Source, mesh) -> dict[str, Metric]:
     """Of the classifier that measures, which no loss has seen; of pixels without classes."""
-    info = DataInfo.of(source)
-    classes = len(info.event_shape) == 3 and bool(info.classes)
-    classifier = load_classifier(config, source, mesh) if classes else None
-
-    def density(x, y):
-        return metrics.density_coverage(x, y, block_size=BLOCK)[0]
-
-    def coverage(x, y):
-        return metrics.density_coverage(x, y, block_size=BLOCK)[1]
-
-    cache = config.shared_dir / "features-of-data"
-    found: dict[str, Metric] = {
-        "frechet": OfFeatures(frechet, classifier, cache=cache),
-        "kid": OfFeatures(kid, classifier, cache=cache),
-        "density": OfFeatures(density, classifier, cache=cache, equal=True),
-        "coverage": OfFeatures(coverage, classifier, cache=cache, equal=True),
-    }
-    if classifier is not None:
-        found["accuracy"] = ClassAccuracy(classifier)
-    return found
+    classifier = None
+    if classifiable(DataInfo.of(source)):
+        classifier = load_classifier(config, source, mesh)
+    known = of_features(classifier, source, config.shared_dir / "features-of-data")
+    found = {name: known[name] for name in ("frechet", "kid", "density", "coverage")}
+    return found if classifier is None else {**found, "accuracy": ClassAccuracy(classifier)}
 
 
 def compare(
@@ -146,10 +130,15 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def gap_closed(found: Mapping[str, Mapping[str, Any]], tuned: str, before: str, full: str) -> float:
-    """How much of the way in Frechet distance from one sampler to the full one: 1 is all."""
-    start, end = found[before]["frechet"], found[full]["frechet"]
-    return (start - found[tuned]["frechet"]) / (start - end)
+def gap_closed(
+    tuned: Mapping[str, Any], before: Mapping[str, Any], full: Mapping[str, Any]
+) -> float | None:
+    """How much of the way in Frechet distance from one sampler to the full one: 1 is all.
+
+    None where the full one is no nearer to the data: there is no way to go.
+    """
+    start, end = before["frechet"], full["frechet"]
+    return (start - tuned["frechet"]) / (start - end) if start > end else None
 
 
 def save(found: Mapping[str, Any], path: Path) -> None:

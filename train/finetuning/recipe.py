@@ -13,7 +13,7 @@ from jaxdiff.training import Player
 from train.core.building import build_average, build_optimizer
 from train.core.config import EvaluationConfig, RunConfig, SamplingConfig, SolverName, load_config
 from train.core.data import DataInfo, Source
-from train.core.evaluation import load_classifier
+from train.core.evaluation import classifiable, features_by, load_classifier
 from train.core.sampling import build_solver, build_times, guided, load_model
 
 
@@ -26,7 +26,7 @@ class MMDConfig:
         sampling_steps: its steps.
         guidance_scale: at which it is tuned and sampled; 1 is the plain conditional model.
         features: of a small classifier that is trained for it, which is another than the one that
-            measures; or the pixels themselves, for data without classes.
+            measures; or the pixels themselves; "auto" takes pixels for data without classes.
         kernel: on features; "rbf" has the median distance of the data's as its bandwidth.
         statistic: "u" is unbiased, "v" is not.
         by_class: match within each class.
@@ -38,7 +38,7 @@ class MMDConfig:
     solver: SolverName = "ddim"
     sampling_steps: int = 5
     guidance_scale: float = 1.0
-    features: Literal["classifier", "pixels"] = "classifier"
+    features: Literal["auto", "classifier", "pixels"] = "auto"
     kernel: Literal["poly1", "poly2", "poly3", "rbf", "energy"] = "poly3"
     statistic: Literal["u", "v"] = "u"
     by_class: bool = False
@@ -120,17 +120,17 @@ def load_base(config: Config) -> Denoiser:
 
 
 class Sampled:
-    """What is sampled from a denoiser: the map of the recipes, whose clip hides no gradient."""
+    """What is sampled from a denoiser: the map of the recipes, whose clip hides no gradient.
+
+    A class, because a function of the data's description could not be compared with another.
+    """
 
     def __init__(self, info: DataInfo, scale: float):
         self.info, self.scale = info, scale
 
     def __call__(self, denoiser: Denoiser) -> Denoiser:
         """Guided and clipped."""
-        found = guided(denoiser, self.info, self.scale)
-        if not self.info.pixels:
-            return found
-        return finetuning.StraightThroughClipped(found.base)  # type: ignore[attr-defined]
+        return guided(denoiser, self.info, self.scale, straight_through=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sampled) and vars(self) == vars(other)
@@ -140,26 +140,26 @@ class Sampled:
 
 
 def build_features(config: Config, source: Source, mesh) -> Any:
-    """What the loss looks at: another classifier than the one that measures."""
-    if config.mmd.features == "pixels":
-        return jax.tree_util.Partial(_flat)
-    classifier = load_classifier(
-        config, source, mesh, name="features", seed=config.seed + 1000, channels=24, features=48
+    """What the loss looks at: another classifier than the one that measures, or pixels.
+
+    Raises:
+        ValueError: for data that do not go with what was asked for.
+    """
+    info, mmd = DataInfo.of(source), config.mmd
+    if mmd.by_class and (info.cond or not info.num_classes):
+        raise ValueError("`mmd.by_class` needs data whose condition is a class.")
+    if mmd.features == "classifier" and not classifiable(info):
+        raise ValueError(
+            "`mmd.features` classifier needs images of classes, of even height and width, got data "
+            f"of {info.event_shape}. Pass pixels."
+        )
+    if mmd.features == "pixels" or not classifiable(info):
+        return features_by(None)
+    return features_by(
+        load_classifier(
+            config, source, mesh, name="features", seed=config.seed + 1000, channels=24, features=48
+        )
     )
-    return seen_by(classifier)
-
-
-def seen_by(classifier: Any) -> Any:
-    """The features of a classifier, as a function whose weights are leaves."""
-    return jax.tree_util.Partial(_of_classifier, classifier)
-
-
-def _flat(x):
-    return x.reshape(-1)
-
-
-def _of_classifier(classifier, x):
-    return classifier.features(x)
 
 
 def build_loss(config: Config, denoiser: Denoiser, source: Source, features: Any):

@@ -89,6 +89,35 @@ def add(path: Path, row: dict[str, Any]) -> None:
     figures.write_text(path, "\n".join(lines) + "\n")
 
 
+def labels(study: Study, base: str, name: str, seed: int) -> dict[str, Any]:
+    """What a line is of."""
+    return {"base": Path(base).name, "name": name, "seed": seed, "settings": settings_of(study)}
+
+
+def settings_of(study: Study) -> dict[str, int]:
+    """What lines of one file have in common."""
+    return {name: getattr(study, name) for name in ("steps", "batch_size", "num_samples")}
+
+
+def check(study: Study, rows: list[dict[str, Any]]) -> None:
+    """Refuse what would be mixed up.
+
+    Raises:
+        ValueError: for bases of one name or seed, or a file of other settings.
+    """
+    seeds = {Path(base).name: load_config(base, RunConfig).seed for base in study.bases}
+    if not len(set(seeds.values())) == len(seeds) == len(study.bases):
+        raise ValueError(f"`bases` must have names and seeds of their own, got {seeds}.")
+    for row in rows:
+        if row["settings"] != settings_of(study):
+            raise ValueError(
+                f"`out` must be a file of the same settings, {settings_of(study)}, got one of "
+                f"{row['settings']}. Name another."
+            )
+        if seeds.get(row["base"], row["seed"]) != row["seed"]:
+            raise ValueError(f"`out` has lines of another run named {row['base']!r}.")
+
+
 def options_of(study: Study, base: str, variant: str) -> Options:
     """How a variant is tuned."""
     common = {
@@ -118,7 +147,7 @@ def baselines(study: Study, base: str, done: set[tuple[str, str]]) -> None:
             [measure.Row(name, model, sampling)], config, source, held_out, mesh,
             count=study.num_samples, chosen=chosen,
         )  # fmt: skip
-        add(study.out, {"base": Path(base).name, "name": name, "seed": config.seed, **found[name]})
+        add(study.out, {**labels(study, base, name, config.seed), **found[name]})
 
 
 def variant(study: Study, base: str, name: str) -> None:
@@ -138,7 +167,7 @@ def variant(study: Study, base: str, name: str) -> None:
     updates = {"updates": config.steps, "updates_per_second": rate}
     add(
         study.out,
-        {"base": Path(base).name, "name": name, "seed": config.seed, **found[name], **updates},
+        {**labels(study, base, name, config.seed), **found[name], **updates},
     )
     shutil.rmtree(Path(config.run_dir) / "checkpoints")
 
@@ -169,9 +198,7 @@ def _share(row: dict[str, Any], by_name: dict[str, Any], full: str) -> float | N
     solver, steps = options.get("solver", "ddim"), options.get("sampling_steps", 5)
     start = by_name.get(f"{solver}, {steps}", {}).get(row["seed"])
     end = by_name.get(full, {}).get(row["seed"])
-    if start is None or end is None:
-        return None
-    return (start["frechet"] - row["frechet"]) / (start["frechet"] - end["frechet"])
+    return None if start is None or end is None else measure.gap_closed(row, start, end)
 
 
 def _mean(values: list[float], form: str) -> str:
@@ -211,6 +238,8 @@ def main(study: Study) -> None:
     """Do what is missing; or write the table."""
     if study.table:
         rows = read(study.out)
+        if not rows:
+            raise ValueError(f"`out` must be a file of results, got {study.out}, which has none.")
         figures.write_text(
             study.out.with_suffix(".md"), summary(rows, f"ddim, {study.full_steps}") + "\n"
         )
@@ -219,6 +248,7 @@ def main(study: Study) -> None:
     names = study.variants or tuple(VARIANTS)
     if unknown := sorted(set(names) - set(VARIANTS)):
         raise ValueError(f"`variants` must be among {list(VARIANTS)}, got {unknown[0]!r}.")
+    check(study, read(study.out))
     for base in study.bases:
         runner.launch(configured(options_of(study, base, "default")))
         done = {(row["base"], row["name"]) for row in read(study.out)}
