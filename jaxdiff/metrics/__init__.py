@@ -7,6 +7,7 @@ from jaxdiff.metrics._accuracy import accuracy as accuracy
 from jaxdiff.metrics._c2st import TwoSampleTest as TwoSampleTest
 from jaxdiff.metrics._c2st import c2st as c2st
 from jaxdiff.metrics._errors import FrechetLimit as FrechetLimit
+from jaxdiff.metrics._errors import bootstrap as bootstrap
 from jaxdiff.metrics._errors import bootstrap_error as bootstrap_error
 from jaxdiff.metrics._errors import frechet_limit as frechet_limit
 from jaxdiff.metrics._features import features_of as features_of

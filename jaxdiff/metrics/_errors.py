@@ -13,28 +13,32 @@ from jaxdiff.metrics._frechet import frechet_distance
 from jaxdiff.metrics._pair import feature_pair
 
 
-def bootstrap_error(
+def bootstrap(
     key: PRNGKeyArray,
     statistic: Callable[..., PyTree],
     *samples: Array,
     count: int = 100,
     batch_size: int | None = 1,
 ) -> PyTree:
-    """Standard error of a statistic of one or several independent samples, by resampling them.
+    """A statistic of one or several independent samples, on resamples of them.
 
-    Each resample draws every sample anew from itself, with replacement. Statistics that look at
-    pairs of examples see some of them twice: a bias of the values, which their spread hardly
-    feels. For U-statistics of kernels there is `mmd2_variance`.
+    Each resample draws every sample anew from itself, with replacement: which rows, `key`, `count`
+    and the sizes of the samples alone decide. Statistics that look at pairs of examples see some
+    of them twice: a bias of the values, which their spread hardly feels.
+
+    Two methods whose samples have the same noise row by row, and the same reference, are compared
+    pair by pair: the values of both under one key, and the spread of their differences, which is
+    free of what both have in common.
 
     Args:
         key: typed key.
         statistic: of the samples, a number or a pytree of numbers.
         *samples: (n, *event) each, of any sizes.
-        count: of resamples.
+        count: of resamples, 2 at least.
         batch_size: of resamples computed at a time; None for all at once.
 
     Returns:
-        The standard error, of the statistic's structure.
+        (count,) values, for each leaf of the statistic's structure.
 
     Raises:
         TypeError: if `key` is not a typed key.
@@ -53,11 +57,40 @@ def bootstrap_error(
         return statistic(*drawn)
 
     @jax.jit
-    def spread(keys, *samples):
-        values = jax.lax.map(lambda key: one(key, *samples), keys, batch_size=batch_size or count)
-        return jax.tree.map(lambda value: jnp.std(value, 0, ddof=1), values)
+    def every(keys, *samples):
+        return jax.lax.map(lambda key: one(key, *samples), keys, batch_size=batch_size or count)
 
-    return spread(jax.random.split(key, count), *map(jnp.asarray, samples))
+    return every(jax.random.split(key, count), *map(jnp.asarray, samples))
+
+
+def bootstrap_error(
+    key: PRNGKeyArray,
+    statistic: Callable[..., PyTree],
+    *samples: Array,
+    count: int = 100,
+    batch_size: int | None = 1,
+) -> PyTree:
+    """Standard error of a statistic of one or several independent samples, by resampling them.
+
+    For U-statistics of kernels there is `mmd2_variance`.
+
+    Args:
+        key: typed key.
+        statistic: of the samples, a number or a pytree of numbers.
+        *samples: (n, *event) each, of any sizes.
+        count: of resamples.
+        batch_size: of resamples computed at a time; None for all at once.
+
+    Returns:
+        The spread of `bootstrap`'s values, of the statistic's structure.
+
+    Raises:
+        TypeError: if `key` is not a typed key.
+
+    Reference: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
+    """
+    values = bootstrap(key, statistic, *samples, count=count, batch_size=batch_size)
+    return jax.tree.map(lambda value: jnp.std(value, 0, ddof=1), values)
 
 
 class FrechetLimit(NamedTuple):

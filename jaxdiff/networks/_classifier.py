@@ -14,7 +14,7 @@ from jaxdiff.taps import Tap
 class ConvClassifier(nnx.Module):
     """Two convolutions, pooling, two more, and a hidden layer, whose output are the features.
 
-    Taps: "features".
+    Taps: "conv0" to "conv3", of which the first two are before pooling; "features".
 
     Args:
         image_size: height and width of the example, one number or two, divisible by 2.
@@ -73,7 +73,7 @@ class ConvClassifier(nnx.Module):
         tap = Tap() if tap is None else tap
         h = x
         for i, conv in enumerate(self.convs):
-            h = nnx.gelu(conv(h))
+            h = tap(f"conv{i}", nnx.gelu(conv(h)))
             if i == 1:
                 height, width, c = h.shape
                 h = h.reshape(height // 2, 2, width // 2, 2, c).max((1, 3))

@@ -105,6 +105,22 @@ def test_bootstrap_errors_of_a_mean_and_a_distance(x64):
     assert_allclose(found["gap"], gap, rtol=0.07)
 
 
+def test_differences_of_pairs_have_the_error_of_what_is_not_shared(x64):
+    """Two methods on one noise: what both have in common is not in the spread of the difference."""
+    shared, y = RNG.normal(size=400), jnp.asarray(RNG.normal(size=(200, 1)))
+    a, b = (jnp.asarray(shared + 0.1 * RNG.normal(size=400))[:, None] for _ in range(2))
+
+    def values(x):
+        return metrics.bootstrap(
+            jax.random.key(3), lambda x, y: x.mean() - y.mean(), x, y, count=2000, batch_size=100
+        )
+
+    assert values(a).shape == (2000,)
+    paired = jnp.std(values(a) - values(b), ddof=1)
+    assert_allclose(paired, jnp.std(a - b) / 20, rtol=0.07)
+    assert paired < 0.25 * jnp.std(values(a), ddof=1)
+
+
 def test_the_limit_of_frechet_distances_has_no_bias(x64):
     """Of one law: d / n + d (d + 1) / (4 n), which the line takes away."""
     d, n, draws = 8, 1000, 16

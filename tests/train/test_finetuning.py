@@ -64,7 +64,12 @@ def test_a_tuned_sampler_is_nearer_to_the_data(toy, tmp_path, capsys):
     said = "is no nearer to the data" if share is None else f"{share:.0%} of the way to ddim, 4."
     assert said in printed
     assert json.loads((run_dir / "comparison.json").read_text()) == found
-    assert "| tuned ddim, 3 | 3 |" in (run_dir / "comparison.md").read_text()
+    written = (run_dir / "comparison.md").read_text()
+    assert "| tuned ddim, 3 | 3 |" in written
+    # The same noise and reference: the error of a difference is far below those of the distances.
+    gain, error = measure.difference(before, tuned)
+    assert f"| {gain:.3f} +- {error:.3f} |" in written and gain > 3 * error
+    assert error < 0.5 * before["frechet_standard_error"]
     assert load_run(run_dir).step == 60  # a run like any other
 
 
@@ -99,7 +104,7 @@ def test_images_of_any_origin_are_measured(digits, tmp_path, capsys):
         images, source[rows]["x"], source[rows]["cond"], class_names=source.class_names
     )
     names = ("frechet", "kid", "precision", "recall", "density", "coverage", "vendi")
-    names += ("classifier_score", "copied", "c2st", "frechet_limit", "accuracy")
+    names += ("classifier_score", "copied", "c2st", "frechet_limit", "accuracy", "spatial_frechet")
     options = evaluate.Options(digits, metrics=names, num_samples=40)
     few = ("accuracy", "coverage", "classifier_score")  # PNG rounds to eight bits
     mine = evaluate.main(dataclasses.replace(options, samples=str(tmp_path / "mine.npz")))
@@ -170,6 +175,11 @@ def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
     named = {row["name"]: row for row in rows}
     share = measure.gap_closed(*(named[name] for name in ("energy distance", "ddim, 5", "ddim, 6")))
     assert share is not None and f"{share:.0%} +- 0%" in text
+    best = min((named[f"{solver}, 5"] for solver in ("ddim", "unipc")), key=lambda r: r["frechet"])
+    gain = best["frechet"] - named["energy distance"]["frechet"]
+    assert f"| {1.5 * gain:.3f} +- {abs(gain) / 2:.3f} |" in text
+    error = measure.difference(best, named["energy distance"])[1]
+    assert f"| {gain:.3f} +- {error:.3f} |" in study.summary(rows, "ddim, 6")
     assert measure.gap_closed(named["ddim, 5"], named["ddim, 6"], named["ddim, 5"]) is None
     # Nothing is mixed up: other settings, a seed twice, and no results at all are refused.
     with pytest.raises(ValueError, match="`out` must be a file of the same settings"):

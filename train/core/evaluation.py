@@ -1,5 +1,6 @@
 """Measuring samples against held-out real data: metrics by name, a table, and a picture."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ MOST_RESAMPLED = 256  # features of which Frechet distances are resampled
 MOST_EIGENVALUES = 2000  # of samples whose matrix is diagonalised
 FEATURES = (
     *("frechet", "frechet_limit", "kid", "precision", "recall", "density", "coverage", "vendi"),
-    *("c2st", "copied"),
+    *("spatial_frechet", "c2st", "copied"),
 )
 # Those that a classifier makes, or makes features for, where there is one.
 CLASSIFIED = ("accuracy", "classifier_score", *FEATURES)
@@ -157,6 +158,7 @@ class OfFeatures:
         against: a source in place of the reference, such as all that was trained on.
         cache: where features are kept, for reference examples are measured again and again.
         equal: whether as many of both are compared.
+        look: what is seen of an image: `(classifier, x)` to a vector; None for `features_by`'s.
     """
 
     def __init__(
@@ -167,9 +169,11 @@ class OfFeatures:
         against: Source | None = None,
         cache: Path | None = None,
         equal: bool = False,
+        look: Callable[..., Array] | None = None,
     ):
         self.metric, self.cache = metric, cache
-        self.features = features_by(classifier)
+        seen = features_by(classifier)
+        self.features = seen if look is None else tree_util.Partial(look, classifier)
         self.against, self.equal = against, equal
         # Inception sees images of 299 x 299, whatever the data's size.
         self.batch_size = 32 if isinstance(classifier, networks.InceptionV3) else 500
@@ -185,6 +189,12 @@ class OfFeatures:
             x, y = (z[np.random.default_rng(0).permutation(len(z))[:count]] for z in (x, y))
         return self.metric(jnp.asarray(x), jnp.asarray(y))
 
+    def taking(self, metric: Callable[[Array, Array], Any]) -> "OfFeatures":
+        """Another metric of the same features."""
+        found = copy.copy(self)
+        found.metric = metric
+        return found
+
 
 def features_by(
     classifier: networks.ConvClassifier | networks.InceptionV3 | None,
@@ -198,8 +208,26 @@ def _flat(_, x):
 
 
 def _seen(classifier, x):
+    return classifier.features(_coloured(classifier, x))
+
+
+def _coloured(classifier, x):
     grey = isinstance(classifier, networks.InceptionV3) and x.shape[-1] == 1
-    return classifier.features(jnp.repeat(x, 3, -1) if grey else x)
+    return jnp.repeat(x, 3, -1) if grey else x
+
+
+def _seen_where(classifier, x):
+    """Seven channels of a layer that still knows where things are, as sFID takes them.
+
+    Nash, Menick, Dieleman, Battaglia, "Generating Images with Sparse Representations", 2021, arXiv
+    2103.03841.
+    """
+    if classifier is None:
+        return x.reshape(-1)
+    name = "Mixed_6d" if isinstance(classifier, networks.InceptionV3) else "conv3"
+    tap = networks.Tap(wanted=[name])
+    classifier(_coloured(classifier, x), tap=tap)
+    return tap.values[name][..., :7].reshape(-1)
 
 
 class ClassifierScore:
@@ -242,6 +270,7 @@ def of_features(
     return {
         "frechet": one(frechet),
         "frechet_limit": one(lambda x, y: metrics.frechet_limit(key, x, y)[:2]),
+        "spatial_frechet": one(frechet, look=_seen_where),
         "kid": one(kid),
         "precision": one(lambda x, y: precision_recall(x, y)[0], equal=True),
         "recall": one(lambda x, y: precision_recall(x, y)[1], equal=True),
@@ -408,6 +437,7 @@ _TITLES = {
     "sliced_wasserstein": ("sliced Wasserstein distance", "{:.4f}"),
     "mmd2": ("squared MMD", "{:.5f}"),
     "kid": ("squared MMD of features (KID)", "{:.5f}"),
+    "spatial_frechet": ("Frechet distance of spatial features", "{:.3f}"),
     "frechet_limit": ("Frechet distance, of infinitely many", "{:.3f}"),
     "vendi": ("Vendi score", "{:.2f}"),
     "classifier_score": ("classifier score", "{:.2f}"),

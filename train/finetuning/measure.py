@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from jaxdiff import parallel
+from jaxdiff import metrics, parallel
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.training import write_json
 from train.core import figures
 from train.core.config import RunConfig, SamplingConfig
 from train.core.data import DataInfo, Source
 from train.core.evaluation import (
+    MOST_RESAMPLED,
     ClassAccuracy,
-    Metric,
     classifiable,
     load_classifier,
     measure,
@@ -37,6 +39,9 @@ TITLES = {
 }
 
 
+RESAMPLES = 50
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What is compared: a name, a model, and how it is sampled."""
@@ -46,7 +51,7 @@ class Row:
     sampling: SamplingConfig
 
 
-def held_out_metrics(config: RunConfig, source: Source, mesh) -> dict[str, Metric]:
+def held_out_metrics(config: RunConfig, source: Source, mesh) -> dict[str, Any]:
     """Of the classifier that measures, which no loss has seen; of pixels without classes."""
     classifier = None
     if classifiable(DataInfo.of(source)):
@@ -54,6 +59,26 @@ def held_out_metrics(config: RunConfig, source: Source, mesh) -> dict[str, Metri
     known = of_features(classifier, source, config.shared_dir / "features-of-data")
     found = {name: known[name] for name in ("frechet", "kid", "density", "coverage")}
     return found if classifier is None else {**found, "accuracy": ClassAccuracy(classifier)}
+
+
+def resampled(x: Array, y: Array) -> Array:
+    """Frechet distances of resamples, the same rows whatever is measured; none of many features.
+
+    Rows of `compare` have the same noise and reference, so those of two of them make pairs.
+    """
+    if x.shape[1] > MOST_RESAMPLED:
+        return jnp.zeros(0)
+    key = jax.random.key(1)
+    return metrics.bootstrap(key, metrics.frechet_distance, x, y, count=RESAMPLES)
+
+
+def difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
+    """A row's Frechet distance less another's, and its error by pairs; NaN where it is not known.
+
+    Both must be of the same noise, count and reference.
+    """
+    pairs = np.subtract(row["frechet_resampled"], other["frechet_resampled"])
+    return row["frechet"] - other["frechet"], float(np.std(pairs, ddof=1)) if len(pairs) else np.nan
 
 
 def compare(
@@ -64,7 +89,7 @@ def compare(
     mesh,
     *,
     count: int,
-    chosen: Mapping[str, Metric],
+    chosen: Mapping[str, Any],
     folder: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Samples of every row from the same noise and conditions, and their figures.
@@ -80,7 +105,7 @@ def compare(
         folder: where a picture of each row goes; None for none.
 
     Returns:
-        row -> figure -> value.
+        row -> figure -> value; and "frechet_resampled", see `resampled`.
     """
     info = DataInfo.of(source)
     cond = requested(held_out, info, count)
@@ -88,6 +113,7 @@ def compare(
     reference = held_out[references(len(held_out))]
     some = np.random.default_rng(0).permutation(len(source))[: min(count, len(source))]
     real = source[np.sort(some)]
+    again = chosen["frechet"].taking(resampled)
     found = {}
     for row in rows:
         begun = time.perf_counter()
@@ -97,6 +123,9 @@ def compare(
         found[row.name] = {
             "nfe": int(nfe[0]),
             **measure(chosen, samples, reference, real),
+            "frechet_resampled": np.asarray(again(samples, reference), float).tolist()
+            if np.isfinite(x).all()
+            else [float("nan")] * RESAMPLES,
             "seconds": time.perf_counter() - begun,
         }
         if folder is not None:
@@ -107,12 +136,14 @@ def compare(
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The figures as Markdown, a row for each sampler and one for real data."""
+    """The figures as Markdown, a row for each sampler and one for real data.
+
+    Its last column is how much farther from the data than the first row each is, by pairs.
+    """
     names = [name for name in TITLES if name in next(iter(found.values()))]
-    lines = [
-        "| | " + " | ".join(TITLES[name][0] for name in names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    titles = [*(TITLES[name][0] for name in names), "Frechet above the first"]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    first = next(iter(found.values()))
     for label, numbers in found.items():
         cells = []
         for name in names:
@@ -120,13 +151,15 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             cell = form.format(numbers[name])
             error = numbers.get(f"{name}_standard_error")
             cells.append(cell if error is None else f"{cell} +- {form.format(error)}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    last = next(iter(found.values()))
+        more = "{:.3f} +- {:.3f}".format(*difference(numbers, first))
+        lines.append(
+            f"| {label} | " + " | ".join([*cells, "" if numbers is first else more]) + " |"
+        )
     floors = [
-        TITLES[name][1].format(last[f"{name}_floor"]) if f"{name}_floor" in last else "-"
+        TITLES[name][1].format(first[f"{name}_floor"]) if f"{name}_floor" in first else "-"
         for name in names
     ]
-    lines.append("| real training data | " + " | ".join(floors) + " |")
+    lines.append("| real training data | " + " | ".join([*floors, ""]) + " |")
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,23 +174,42 @@ def variant(study: Study, base: str, name: str) -> None:
 
 
 def summary(rows: list[dict[str, Any]], full: str) -> str:
-    """The table: means over seeds and their standard errors, and how much of the gap is closed."""
+    """The table: means over seeds and their standard errors; of one seed, errors by resampling.
+
+    What is tuned has also how much nearer to the data it is than the best of the untuned samplers
+    of as many evaluations, and how much of the gap from its own untuned sampler to the full one is
+    closed.
+    """
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["name"], {})[row["seed"]] = row
-    header = ["", "evaluations", *(measure.TITLES[f][0] for f in FIGURES), "gap closed", "seeds"]
+    header = ["", "evaluations", *(measure.TITLES[f][0] for f in FIGURES)]
+    header += ["below the best untuned", "gap closed", "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, seeds in by_name.items():
         cells = [name, str(next(iter(seeds.values()))["nfe"])]
         for figure in FIGURES:
             form = measure.TITLES[figure][1]
-            values = [seeds[s][figure] for s in sorted(seeds) if figure in seeds[s]]
-            cells.append(_mean(values, form))
-        shares = [_share(row, by_name, full) for row in seeds.values() if name in VARIANTS]
+            there = [seeds[s] for s in sorted(seeds) if figure in seeds[s]]
+            errors = [row.get(f"{figure}_standard_error") for row in there]
+            cells.append(_mean([row[figure] for row in there], form, errors))
+        tuned = [row for row in seeds.values() if name in VARIANTS]
+        gains = [gain for row in tuned for gain in _gain(row, by_name)]
+        shares = [_share(row, by_name, full) for row in tuned]
         known = [share for share in shares if share is not None]
-        cells += [_mean(known, "{:.0%}") if known else "", str(len(seeds))]
+        cells.append(_mean([g[0] for g in gains], "{:.3f}", [g[1] for g in gains]))
+        cells += [_mean(known, "{:.0%}"), str(len(seeds))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _gain(row: dict[str, Any], by_name: dict[str, Any]) -> list[tuple[float, float]]:
+    """How much nearer to the data than the best untuned sampler of as many steps, and its error."""
+    steps = VARIANTS[row["name"]].get("sampling_steps", 5)
+    others = [by_name.get(f"{solver}, {steps}", {}).get(row["seed"]) for solver in SOLVERS]
+    known = [other for other in others if other is not None]
+    best = min(known, key=lambda other: other["frechet"], default=None)
+    return [] if best is None else [measure.difference(best, row)]
 
 
 def _share(row: dict[str, Any], by_name: dict[str, Any], full: str) -> float | None:
@@ -201,12 +221,13 @@ def _share(row: dict[str, Any], by_name: dict[str, Any], full: str) -> float | N
     return None if start is None or end is None else measure.gap_closed(row, start, end)
 
 
-def _mean(values: list[float], form: str) -> str:
+def _mean(values: list[float], form: str, errors: Sequence[float | None] = ()) -> str:
     if not values:
         return ""
     text = form.format(np.mean(values))
     if len(values) < 2:
-        return text
+        known = [error for error in errors if error is not None]
+        return f"{text} +- {form.format(known[0])}" if known else text
     return f"{text} +- {form.format(np.std(values, ddof=1) / len(values) ** 0.5)}"
 
 
