@@ -119,6 +119,23 @@ def test_geometry(digits, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_finetuning(digits, monkeypatch, capsys):
+    seen = run(ROOT / "notebooks" / "finetuning.ipynb", digits, monkeypatch)
+    for n, (u, v) in seen["statistics"].items():
+        for values, truth in ((u, 0), (v, seen["bias"][n])):
+            assert abs(values.mean() - truth) < 4 * values.std(ddof=1) / len(values) ** 0.5
+    for before, after in seen["laws"].values():
+        assert before[1] < 0.3 and abs(after[1] - 0.5) < 0.05 and abs(after[0] - 0.2) < 0.05
+    distances = seen["distances"]
+    for name in ("all weights", "last step", "adapter"):
+        assert distances[f"3 steps, {name}"] < 0.7 * distances["3 steps"]
+    assert list(seen["found"])[:2] == ["tuned, classifier", "tuned, mean image"]
+    assert all(np.isfinite(row["frechet"]) for row in seen["found"].values())
+    for lines in seen["curves"].values():
+        assert any("held_out_loss" in line for line in lines)
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_with_outputs_and_nothing_private(path):
     code, text = cells(path), path.read_text()

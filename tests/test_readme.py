@@ -28,4 +28,4 @@ def test_links_exist():
 
 
 def test_examples_are_short():
-    assert len(EXAMPLES) == 6 and all(len(e.splitlines()) <= 32 for e in EXAMPLES)
+    assert len(EXAMPLES) == 7 and all(len(e.splitlines()) <= 32 for e in EXAMPLES)

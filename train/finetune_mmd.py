@@ -44,6 +44,8 @@ class Options:
         features: of a classifier of its own, or the pixels; "auto" for what the data have.
         kernel: on features.
         statistic: "u" is unbiased, "v" is not.
+        reference: training examples that samples are compared with, chosen once; 0 compares with
+            those of each batch.
         by_class: match within each class.
         last_k: differentiate through the last steps alone.
         micro_batch: samples drawn at a time.
@@ -69,15 +71,16 @@ class Options:
     sampling_steps: int = 5
     guidance_scale: float = 1.0
     features: Literal["auto", "classifier", "pixels"] = "auto"
-    kernel: Literal["poly1", "poly2", "poly3", "rbf", "energy"] = "poly3"
+    kernel: Literal["poly1", "poly2", "poly3", "rbf", "energy"] = "energy"
     statistic: Literal["u", "v"] = "u"
+    reference: int = 4096
     by_class: bool = False
     last_k: int | None = None
     micro_batch: int | None = None
     rank: int = 0
     steps: int = 300
     batch_size: int = 128
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     grad_clip: float = 1.0
     ema_decay: float = 0.98
     full_steps: int = 1000
@@ -119,12 +122,12 @@ def tune(config: Config):
     mesh = runner.build_mesh(config)
     base = recipe.load_base(config)
     features = recipe.build_features(config, source, mesh)
-    loss = recipe.build_loss(config, base, source, features)
+    loss = recipe.build_loss(config, base, source, features, config.mmd.reference)
     watched = loss
     if classifiable(DataInfo.of(source)):
         # The kernel that is trained on can be met without better images: watch another's.
         other = features_by(load_classifier(config, source, mesh))
-        watched = recipe.build_loss(config, base, source, other)
+        watched = recipe.build_loss(config, base, source, other, 0)
     state = runner.train(
         config,
         {"model": recipe.build_player(config, base, loss)},

@@ -69,9 +69,15 @@ class DomainStudioLoss(eqx.Module):
             The scalar loss, and its parts: "x0_mse", "relative", "relative_detail", "detail".
 
         Raises:
-            ValueError: for fewer than 3 examples, among which there is nothing to be kept.
+            ValueError: without a source; for fewer than 3 examples, among which there is
+                nothing to be kept.
         """
         check_batch(batch)
+        if "source" not in frozen:
+            raise ValueError(
+                "`frozen` must have the model that is adapted as the constant 'source', got "
+                f"{sorted(frozen)}. Pass `constants={'source': model}` to the step."
+            )
         source = frozen["source"]
         for model in (denoiser, source):
             check_denoiser(model)

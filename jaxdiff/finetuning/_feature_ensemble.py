@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_network_cond
+from jaxdiff._tree import traced_floats
 from jaxdiff.networks._layers import timestep_embedding
 from jaxdiff.taps import EditedNetwork, read_taps
 
@@ -89,8 +90,16 @@ class FeatureEnsemble(eqx.Module):
             raise ValueError(
                 f"`networks` must be of one architecture, got {len(forms)} different ones."
             )
-        arrays = [eqx.partition(network, eqx.is_array)[0] for network in networks]
-        static = eqx.partition(first, eqx.is_array)[1]
+        # Floats, such as the strengths of adapters, are as much a network's own as weights.
+        networks = [traced_floats(network) for network in networks]
+        arrays, others = zip(
+            *(eqx.partition(network, eqx.is_array) for network in networks), strict=True
+        )
+        static = others[0]
+        if any(jax.tree.leaves(other) != jax.tree.leaves(static) for other in others):
+            raise ValueError(
+                "`networks` must differ in arrays and floats alone, got other differences."
+            )
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
         shapes = eqx.filter_eval_shape(
             lambda x: read_taps(first, taps, x, jnp.zeros(()), cond)[1], x

@@ -1,7 +1,9 @@
 """Low-rank adapters of any network: made, used, merged and stored apart from its weights."""
 
+import dataclasses
 import json
 import re
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_count, check_key, check_kind, check_network_cond, check_number
-from jaxdiff._tree import Number, dots, is_arraylike, number
+from jaxdiff._tree import Number, as_number, dots, is_arraylike, number
 from jaxdiff.denoiser import Denoiser, at_network
 from jaxdiff.parallel import path_of
 from jaxdiff.taps import Tap
@@ -50,6 +52,14 @@ class LowRank(eqx.Module):
     outputs_first: bool = eqx.field(static=True, default=False)
     fixed: bool = eqx.field(static=True, default=False)
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a kernel of such a shape has these inputs and outputs."""
+        stack, inputs, outputs = self.down.shape[:-2], self.down.shape[-2], self.up.shape[-1]
+        own = shape[len(stack) :]
+        last = own[:1] if self.outputs_first else own[-1:]
+        same = shape[: len(stack)] == stack and last == (outputs,)
+        return same and int(np.prod(own)) == inputs * outputs
+
     def change(self, kernel: Array) -> Array:
         """What is added to a kernel, in its shape and dtype."""
         change = self.scale * dots(self.down, self.up)
@@ -69,7 +79,7 @@ class Adapter(eqx.Module):
     def scaled(self, factor: float | Array) -> "Adapter":
         """The same adapter, so many times as strong: 0 is the base, -1 takes a merged one away."""
         kernels = {
-            name: eqx.tree_at(lambda k: k.scale, low, low.scale * factor)
+            name: dataclasses.replace(low, scale=low.scale * as_number(factor))
             for name, low in self.kernels.items()
         }
         return Adapter(kernels)
@@ -203,10 +213,11 @@ def merge(network: PyTree, *adapters: Adapter) -> PyTree:
     def one(path, leaf):
         found = [a.kernels[name] for a in adapters if (name := path_of(path)) in a.kernels]
         for low in found:
-            if (size := low.down.size // low.down.shape[-1] * low.up.shape[-1]) != leaf.size:
+            if not low.fits(leaf.shape):
                 raise ValueError(
-                    f"`adapters` must be of this network, got one with {size} weights "
-                    f"for {path_of(path)!r}, which has the shape {leaf.shape}."
+                    f"`adapters` must be of this network, got one of {low.down.shape[-2]} inputs "
+                    f"and {low.up.shape[-1]} outputs, in {low.down.shape[:-2]} layers, for "
+                    f"{path_of(path)!r}, which has the shape {leaf.shape}."
                 )
         return leaf + sum(low.change(leaf) for low in found) if found else leaf
 
@@ -251,6 +262,8 @@ class AdaptedNetwork(eqx.Module):
 def adapt(denoiser: Denoiser, *adapters: Adapter) -> Denoiser:
     """The same denoiser with adapters on its network, inside guidance and other maps.
 
+    Those it has already stay.
+
     To train them, and nothing else:
 
         Player(adapt(denoiser, adapter), loss, optimizer, trainable=adapter_weights)
@@ -268,8 +281,11 @@ def adapt(denoiser: Denoiser, *adapters: Adapter) -> Denoiser:
     """
 
     def one(node):
-        eqx.filter_eval_shape(merge, node.network, *adapters)
-        return eqx.tree_at(lambda d: d.network, node, AdaptedNetwork(node.network, adapters))
+        network, there = node.network, ()
+        if isinstance(network, AdaptedNetwork):
+            network, there = network.network, network.adapters
+        eqx.filter_eval_shape(merge, network, *adapters)
+        return eqx.tree_at(lambda d: d.network, node, AdaptedNetwork(network, (*there, *adapters)))
 
     return at_network(denoiser, one)
 
@@ -304,9 +320,14 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
     arrays: dict[str, Any] = {}
     info: dict[str, dict[str, Any]] = {}
     for name, low in adapter.kernels.items():
-        arrays |= {f"{name}:down": np.asarray(low.down), f"{name}:up": np.asarray(low.up)}
+        # NumPy cannot read bfloat16 and its like back; float32 holds all of them.
+        wide = np.promote_types(low.up.dtype, np.float32)
+        arrays |= {
+            f"{name}:{part}": np.asarray(getattr(low, part), wide) for part in ("down", "up")
+        }
         info[name] = {
-            "scale": float(low.scale), "outputs_first": low.outputs_first, "fixed": low.fixed
+            "scale": float(low.scale), "outputs_first": low.outputs_first, "fixed": low.fixed,
+            "dtypes": [low.down.dtype.name, low.up.dtype.name],
         }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -322,15 +343,16 @@ def load_adapter(path: str | Path) -> Adapter:
         ValueError: for another file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             info = json.loads(str(file["info"]))
-            kernels = {
-                name: LowRank(
-                    jnp.asarray(file[f"{name}:down"]), jnp.asarray(file[f"{name}:up"]), **about
+            kernels = {}
+            for name, about in info.items():
+                down, up = (
+                    jnp.asarray(file[f"{name}:{part}"], dtype)
+                    for part, dtype in zip(("down", "up"), about.pop("dtypes"), strict=True)
                 )
-                for name, about in info.items()
-            }
-    except (KeyError, OSError, ValueError, TypeError, EOFError) as error:
+                kernels[name] = LowRank(down, up, **about)
+    except (KeyError, OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(
@@ -365,10 +387,11 @@ def _adapter(network: PyTree, layers: str, make: Callable[..., LowRank]) -> Adap
 
 def _as_matrix(layer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape `(*layers, inputs, outputs)` of a kernel as a matrix."""
-    if isinstance(layer, (eqx.nn.Linear, eqx.nn.Conv)):
-        return (int(np.prod(shape[1:])), shape[0])
-    own = 2 if isinstance(layer, nnx.Linear) else len(layer.kernel_size) + 2
+    linear = isinstance(layer, (nnx.Linear, eqx.nn.Linear))
+    own = 2 if linear else len(layer.kernel_size) + 2
     stack, own_shape = shape[: len(shape) - own], shape[len(shape) - own :]
+    if isinstance(layer, (eqx.nn.Linear, eqx.nn.Conv)):
+        own_shape = (*own_shape[1:], own_shape[0])
     return (*stack, int(np.prod(own_shape[:-1])), own_shape[-1])
 
 

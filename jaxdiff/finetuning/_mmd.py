@@ -12,8 +12,8 @@ from jaxdiff._checks import check_callable, check_count, check_kind
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.finetuning._through_sampler import ThroughSampler
 from jaxdiff.metrics import (
+    Embedding,
     Kernel,
-    MeanEmbedding,
     Polynomial,
     conditional_mmd2,
     mmd2_biased,
@@ -34,11 +34,12 @@ class MMDLoss(ThroughSampler):
     Args:
         features: `x -> (d,)` of one example, a pytree of frozen weights such as a classifier's
             `features` (`jax.tree_util.Partial`, or an `equinox.Module`).
-        kernel: on features; KID's by default.
+        kernel: on features; None for KID's, or for that of `reference`.
         unbiased: the U-statistic, which may be negative; otherwise the V-statistic, which also
             pushes samples apart.
-        reference: the mean embedding of the whole data set's features (`mean_embedding`, with the
-            same kernel), in place of those of the batch: no noise from the data.
+        reference: the embedding of the data set's features under the kernel (`sample_embedding`
+            of some thousand, or `mean_embedding` of all), in place of those of the batch: no noise
+            from the data.
         num_classes: match within each class of the labels `batch["cond"]`, and not over all; None
             for all.
         solver: as of `ThroughSampler`.
@@ -55,14 +56,21 @@ class MMDLoss(ThroughSampler):
     """
 
     features: Callable[[Array], Array] = eqx.field(kw_only=True)
-    kernel: Kernel = eqx.field(default=Polynomial(), kw_only=True)
+    kernel: Kernel | None = eqx.field(default=None, kw_only=True)
     unbiased: bool = eqx.field(static=True, default=True, kw_only=True)
-    reference: MeanEmbedding | None = eqx.field(default=None, kw_only=True)
+    reference: Embedding | None = eqx.field(default=None, kw_only=True)
     num_classes: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
         check_callable("features", self.features, "jax.tree_util.Partial(features, weights)")
-        check_kind("kernel", self.kernel, Kernel, "metrics.Polynomial()")
+        if self.kernel is not None:
+            check_kind("kernel", self.kernel, Kernel, "metrics.Polynomial()")
+        if self.reference is not None:
+            check_kind("reference", self.reference, Embedding, "metrics.sample_embedding(y)")
+            if self.kernel is not None:
+                raise ValueError(
+                    "`reference` has a kernel of its own, got `kernel` too. Leave it out."
+                )
         if self.num_classes is not None:
             check_count("num_classes", self.num_classes)
             if self.reference is not None or not self.unbiased:
@@ -93,6 +101,7 @@ class MMDLoss(ThroughSampler):
             return loss, {"mmd2": loss}
         # Of data nothing is differentiated: frozen weights, frozen images.
         real = jax.lax.stop_gradient(jax.vmap(self.features)(x))
+        kernel = Polynomial() if self.kernel is None else self.kernel
         if self.num_classes is not None:
             plain = cond is not None and not isinstance(cond, dict)
             if not (plain and jnp.issubdtype(jnp.result_type(cond), jnp.integer)):
@@ -102,14 +111,14 @@ class MMDLoss(ThroughSampler):
                 )
             labels = jnp.asarray(cond)
             loss, _ = conditional_mmd2(
-                fake, labels, real, labels, self.kernel, num_classes=self.num_classes
+                fake, labels, real, labels, kernel, num_classes=self.num_classes
             )
         else:
             # A sample has its condition from the real example in its place: they are not
             # independent, and have no part in the unbiased mean.
             loss = (
-                mmd2_unbiased(fake, real, self.kernel, paired=True)
+                mmd2_unbiased(fake, real, kernel, paired=True)
                 if self.unbiased
-                else mmd2_biased(fake, real, self.kernel)
+                else mmd2_biased(fake, real, kernel)
             )
         return loss, {"mmd2": loss}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_count, check_kind
-from jaxdiff._tree import straight_through_clip
+from jaxdiff._tree import num_parts, straight_through_clip
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.losses._batch import check_batch
 from jaxdiff.parallel import batch_sharding_here
@@ -84,7 +84,8 @@ class ThroughSampler(eqx.Module):
             Its values, with a leading axis of `count`.
 
         Raises:
-            ValueError: for a `micro_batch` that does not divide the count.
+            ValueError: for a `micro_batch` that does not divide the count, or is not split evenly
+                over the devices.
         """
         check_denoiser(denoiser)
         size = count if self.micro_batch is None else self.micro_batch
@@ -93,11 +94,19 @@ class ThroughSampler(eqx.Module):
                 f"`micro_batch` must divide the batch, {count}, got {size}. Pass a divisor."
             )
 
+        sharding = batch_sharding_here()
+        split = 1 if sharding is None else num_parts(sharding)
+        if size % split:
+            raise ValueError(
+                f"`micro_batch` must be a multiple of the {split} devices that examples are split "
+                f"over, got {size}."
+            )
+
         def piece(denoiser, first, cond):
             x = sample(
                 key, self.sampled(denoiser), shape, size, cond=cond, solver=self.solver,
                 times=self.times, last_k=self.last_k if last_k is None else last_k,
-                first_index=first, sharding=batch_sharding_here(),
+                first_index=first, sharding=sharding,
             ).x  # fmt: skip
             return jax.vmap(look)(x, cond)
 

@@ -23,7 +23,9 @@ from jaxdiff.metrics._kernels import RandomFeatures as RandomFeatures
 from jaxdiff.metrics._kernels import RationalQuadratic as RationalQuadratic
 from jaxdiff.metrics._kernels import median_bandwidth as median_bandwidth
 from jaxdiff.metrics._kernels import multi_rbf as multi_rbf
+from jaxdiff.metrics._mmd import Embedding as Embedding
 from jaxdiff.metrics._mmd import MeanEmbedding as MeanEmbedding
+from jaxdiff.metrics._mmd import SampleEmbedding as SampleEmbedding
 from jaxdiff.metrics._mmd import conditional_mmd2 as conditional_mmd2
 from jaxdiff.metrics._mmd import mean_embedding as mean_embedding
 from jaxdiff.metrics._mmd import mmd2_biased as mmd2_biased
@@ -32,6 +34,7 @@ from jaxdiff.metrics._mmd import mmd2_to_embedding as mmd2_to_embedding
 from jaxdiff.metrics._mmd import mmd2_unbiased as mmd2_unbiased
 from jaxdiff.metrics._mmd import mmd2_variance as mmd2_variance
 from jaxdiff.metrics._mmd import permutation_test as permutation_test
+from jaxdiff.metrics._mmd import sample_embedding as sample_embedding
 from jaxdiff.metrics._moments import Moments as Moments
 from jaxdiff.metrics._neighbours import DensityCoverage as DensityCoverage
 from jaxdiff.metrics._neighbours import PrecisionRecall as PrecisionRecall

@@ -59,6 +59,8 @@ def c2st(
     section 3. Adam with weight decay here.
     """
     check_key(key)
+    check_count("num_steps", num_steps)
+    check_count("batch_size", batch_size)
     x, y = feature_pair(x, y, minimum=check_count("folds", folds, least=2))
     if len(x) != len(y):
         raise ValueError(f"`x` and `y` must be as many, got {len(x)} and {len(y)}. Leave some out.")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from jaxdiff._checks import check_count, check_key
+from jaxdiff._checks import check_count, check_key, check_number
 from jaxdiff.metrics._frechet import frechet_distance
 from jaxdiff.metrics._pair import feature_pair
 
@@ -122,7 +122,7 @@ def frechet_limit(
         samples: (n, *event) generated features, n well above 4 d.
         reference: (m, *event) features of real examples.
         num_counts: of different N, at least 3.
-        least: the smallest N, as a share of n.
+        least: the smallest N, as a share of n, in (0, 1).
 
     Returns:
         The limit a and its standard error by the scatter about the line, which overlapping samples
@@ -136,6 +136,7 @@ def frechet_limit(
     """
     check_key(key)
     check_count("num_counts", num_counts, least=3)
+    check_number("least", least, above=0.0, below=1.0)
     x, y = feature_pair(samples, reference, minimum=8)
     x = x[jax.random.permutation(key, len(x))]
     inverse = np.linspace(1 / (least * len(x)), 1 / len(x), num_counts)

@@ -1,11 +1,14 @@
 """Features of many examples: a batch at a time, over devices, and kept on disk."""
 
+import dataclasses
 import hashlib
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +75,10 @@ def features_of(
     if cache is not None:
         digest = hashlib.sha256(_described(features))
         for start in starts:
-            digest.update(np.ascontiguousarray(batch(start)[: count - start]).tobytes())
+            part = batch(start)[: count - start]
+            if start == 0:  # the same for any batches
+                digest.update(f"{part.dtype} {count} {part.shape[1:]}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
         path = Path(cache) / f"{digest.hexdigest()[:32]}.npy"
         if path.exists():
             return np.load(path, allow_pickle=False)
@@ -110,18 +116,35 @@ def _described(features: Any) -> bytes:
     # Fields that are no leaves are in the structure, where functions have addresses.
     structure = re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure(features)))
     digest = hashlib.sha256(structure.encode())
-    leaves = jax.tree.leaves(features)
-    for leaf in [getattr(features, "func", None), *leaves]:
+    for leaf in [getattr(features, "func", None), *jax.tree.leaves(features), *_fixed(features)]:
         if isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, float, int, str)):
             array = np.asarray(leaf)
             digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
         elif leaf is not None:
-            if getattr(leaf, "__closure__", None) or getattr(leaf, "__self__", None) is not None:
+            # Anything but a plain function of a module may keep weights where nobody sees them.
+            name = getattr(leaf, "__qualname__", type(leaf).__qualname__)
+            plain = isinstance(leaf, types.FunctionType) and "<lambda>" not in name
+            if not plain or leaf.__closure__ or leaf.__defaults__ or leaf.__kwdefaults__:
                 raise TypeError(
                     "`features` must show what it depends on to be kept in `cache`, got "
-                    f"{getattr(leaf, '__qualname__', leaf)!r}, a method or a closure. Pass "
+                    f"{name!r}, which is no plain function of a module: a method, a closure, a "
+                    "lambda, a transformed function, or one with defaults. Pass "
                     "jax.tree_util.Partial(function of a module, weights)."
                 )
-            name = getattr(leaf, "__qualname__", type(leaf).__qualname__)
-            digest.update(f"{getattr(leaf, '__module__', '')}.{name}".encode())
+            digest.update(f"{leaf.__module__}.{name}".encode())
     return digest.digest()
+
+
+def _fixed(tree: Any) -> list[Any]:
+    """Functions in the fields of Equinox modules that are no leaves."""
+
+    def is_inner(node):
+        return isinstance(node, eqx.Module) and node is not tree
+
+    found = []
+    if isinstance(tree, eqx.Module):
+        fields = [f for f in dataclasses.fields(tree) if f.metadata.get("static")]
+        values = jax.tree.leaves([getattr(tree, f.name, None) for f in fields])
+        found = [value for value in values if callable(value) and not isinstance(value, type)]
+    inner = [node for node in jax.tree.leaves(tree, is_leaf=is_inner) if is_inner(node)]
+    return found + [value for node in inner for value in _fixed(node)]

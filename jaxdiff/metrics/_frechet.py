@@ -89,7 +89,9 @@ def _moments(x: Array) -> tuple[Array, Array]:
     mean = mean + jnp.mean(x - mean, 0)  # a second pass removes what the long sum rounded away
     centred = (x - mean) / (len(x) - 1) ** 0.5
     if len(x) > x.shape[1]:
-        centred = jnp.linalg.qr(centred, mode="r")
+        # X^T Q has the derivatives that R has, and has them where a feature is constant, too.
+        basis = jax.lax.stop_gradient(jnp.linalg.qr(centred)[0])
+        centred = jnp.matmul(basis.T, centred, precision=Precision.HIGHEST)
     return mean, centred.T
 
 

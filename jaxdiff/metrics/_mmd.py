@@ -4,8 +4,9 @@ Every sum over pairs is a mean of means by rows, of kernel values less a constan
 MMD: what cancels then is of the size of the spread of the values, and not of the values.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -102,7 +103,8 @@ def mmd2_biased(
     check_kind("kernel", kernel, Kernel, "Polynomial()")
     x, y = feature_pair(x, y, minimum=1)
     shift = _shift(kernel, x, y)
-    xx, yy, xy = (_rows(kernel, a, b, shift, block_size).mean for a, b in ((x, x), (y, y), (x, y)))
+    xx, yy = (_rows(kernel, a, a, shift, block_size, own=True).mean for a in (x, y))
+    xy = _rows(kernel, x, y, shift, block_size).mean
     return jnp.mean(xx) + jnp.mean(yy) - 2 * jnp.mean(xy)
 
 
@@ -314,22 +316,76 @@ def conditional_mmd2(
     return mean, jnp.where(counted, jax.lax.stop_gradient(each), jnp.nan)
 
 
-class MeanEmbedding(eqx.Module):
+class Embedding(eqx.Module):
+    """What a kernel sees of a law that does not change: E_y k(., y), and E k(y, y').
+
+    Attributes:
+        kernel: the kernel.
+        norm: E k(y, y') of the law, y and y' independent.
+    """
+
+    kernel: eqx.AbstractVar[Kernel]
+    if TYPE_CHECKING:  # a field or a property
+
+        @property
+        def norm(self) -> Scalar:
+            """E k(y, y')."""
+            ...
+
+    else:
+        norm: eqx.AbstractVar[Scalar]
+
+    @abstractmethod
+    def above(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
+        """E_y k(x_i, y) - norm for each row of x."""
+
+
+class SampleEmbedding(Embedding):
+    """The law that gives every one of m examples the same weight, for any kernel.
+
+    Attributes:
+        kernel: the kernel.
+        rows: the examples, `(m, d)`.
+        norm: the mean of k over all pairs, an example with itself among them.
+    """
+
+    kernel: Kernel
+    rows: Array
+    norm: Scalar  # type: ignore[misc]
+
+    def above(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
+        """See `Embedding`; memory is that of the Gram matrix between x and the examples."""
+        x = _of_dimension(x, self.rows.shape[1])
+        return _rows(self.kernel, x, self.rows, self.norm, None).mean
+
+
+class MeanEmbedding(Embedding):
     """What a `FiniteKernel` sees of a law: exact for a whole data set, at any size.
 
     Attributes:
         kernel: the kernel.
         moments: means over the law.
         count: of the examples they were taken over.
+        dimension: of the examples.
     """
 
     kernel: FiniteKernel
     moments: PyTree
     count: Array
+    dimension: int = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
         """E_y k(x_i, y) for each row of x."""
-        return self.kernel.against(features("x", x), self.moments)
+        return self.kernel.against(_of_dimension(x, self.dimension), self.moments)
+
+    @property
+    def norm(self) -> Scalar:
+        """See `Embedding`."""
+        return self.kernel.product(self.moments, self.moments)
+
+    def above(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
+        """See `Embedding`."""
+        return self(x) - self.norm
 
     def merge(self, other: "MeanEmbedding") -> "MeanEmbedding":
         """That of both sets of examples together."""
@@ -338,7 +394,8 @@ class MeanEmbedding(eqx.Module):
         def mean(a, b):
             return a + (b - a) * (other.count / count).astype(a.dtype)
 
-        return MeanEmbedding(self.kernel, jax.tree.map(mean, self.moments, other.moments), count)
+        moments = jax.tree.map(mean, self.moments, other.moments)
+        return MeanEmbedding(self.kernel, moments, count, self.dimension)
 
 
 def mean_embedding(
@@ -365,15 +422,42 @@ def mean_embedding(
     total = None
     for batch in batches:
         rows = features("y", batch)
-        found = MeanEmbedding(kernel, kernel.moments(rows), jnp.asarray(float(len(rows))))
+        count = jnp.asarray(float(len(rows)))
+        found = MeanEmbedding(kernel, kernel.moments(rows), count, rows.shape[1])
         total = found if total is None else total.merge(found)
     if total is None:
         raise ValueError("`y` must hold one batch at least, got none.")
     return total
 
 
+def sample_embedding(
+    y: Float[Array, "m *event"], kernel: Kernel = Polynomial(), *, block_size: int | None = 256
+) -> SampleEmbedding:
+    """The embedding of m examples themselves, for `mmd2_to_embedding` with any kernel.
+
+    What is computed once: the mean of k over their m^2 pairs. A few thousand examples stand for a
+    data set of any size, because their noise is that of m, and not of the n samples beside them.
+
+    Args:
+        y: (m, *event) samples or features.
+        kernel: any.
+        block_size: rows of the Gram matrix in memory at a time; None for all.
+
+    Returns:
+        The embedding, a pytree that holds the examples.
+
+    Raises:
+        ValueError: for no examples.
+    """
+    check_kind("kernel", kernel, Kernel, "Polynomial()")
+    rows = features("y", y)
+    shift = _shift(kernel, rows, rows)
+    norm = shift + jnp.mean(_rows(kernel, rows, rows, shift, block_size, own=True).mean)
+    return SampleEmbedding(kernel, rows, norm)
+
+
 def mmd2_to_embedding(
-    x: Float[Array, "n *event"], embedding: MeanEmbedding, *, biased: bool = False
+    x: Float[Array, "n *event"], embedding: Embedding, *, biased: bool = False
 ) -> Scalar:
     """Squared MMD of samples to a law of which the kernel's mean embedding is known.
 
@@ -381,7 +465,7 @@ def mmd2_to_embedding(
 
     Args:
         x: (n, *event), n >= 2.
-        embedding: of the data, from `mean_embedding`.
+        embedding: of the data, from `mean_embedding` or `sample_embedding`.
         biased: of the law of the n samples themselves instead, i = j included.
 
     Returns:
@@ -390,12 +474,21 @@ def mmd2_to_embedding(
     Raises:
         ValueError: as `mmd2_unbiased`.
     """
-    check_kind("embedding", embedding, MeanEmbedding, "mean_embedding(y)")
+    check_kind("embedding", embedding, Embedding, "sample_embedding(y)")
     x = features("x", x, minimum=2)
-    kernel, moments = embedding.kernel, embedding.moments
-    norm = kernel.product(moments, moments)
-    rows = _rows(kernel, x, x, norm, None, same=not biased).mean
-    return jnp.mean(rows) - 2 * jnp.mean(kernel.against(x, moments) - norm)
+    rows = _rows(embedding.kernel, x, x, embedding.norm, None, same=not biased, own=biased).mean
+    return jnp.mean(rows) - 2 * jnp.mean(embedding.above(x))
+
+
+def _of_dimension(x: Array, dimension: int) -> Array:
+    """x as (n, d), of the dimension of an embedding."""
+    x = features("x", x)
+    if x.shape[1] != dimension:
+        raise ValueError(
+            f"`x` must have the dimension of the embedding's examples, {dimension}, got "
+            f"{x.shape[1]}. Take both from the same features."
+        )
+    return x
 
 
 class _Rows(NamedTuple):
@@ -406,13 +499,26 @@ class _Rows(NamedTuple):
 
 
 def _rows(
-    kernel: Kernel, x: Array, y: Array, shift: Array, block_size: int | None, same: bool = False
+    kernel: Kernel,
+    x: Array,
+    y: Array,
+    shift: Array,
+    block_size: int | None,
+    same: bool = False,
+    own: bool = False,
 ) -> _Rows:
-    """Means over the columns of k(x_i, y_j) - shift; without j = i where that is the `same` one."""
+    """Means over the columns of k(x_i, y_j) - shift.
+
+    Without j = i where that is the `same` one; where y_i is x_i, its `own`, with k(x_i, x_i) to
+    the last digit, which a distance of 0 would not be among others.
+    """
     count = len(y) - same
 
     def row(i, u):
         values = kernel(u[None], y)[0] - shift
+        if own:
+            itself = kernel(u[None], u[None])[0, 0] - shift
+            values = jnp.where(jnp.arange(len(y)) == i, itself, values)
         if same:
             values = jnp.where(jnp.arange(len(y)) == i, 0, values)
         return jnp.sum(values) / count, jnp.sum(values**2) / count

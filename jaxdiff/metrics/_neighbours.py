@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxdiff._checks import check_count, check_number
 from jaxdiff._tree import batched
-from jaxdiff.metrics._kernels import squared_distances
 from jaxdiff.metrics._pair import feature_pair, features
 
 
@@ -60,7 +59,7 @@ def precision_recall(
         radii = _radii(centres, k, block_size)
 
         def covered(row):
-            return jnp.any(squared_distances(row[None], centres)[0] <= radii)
+            return jnp.any(_distances(row, centres) <= radii)
 
         return jnp.mean(batched(covered, block_size)(rows), dtype=rows.dtype)
 
@@ -82,7 +81,7 @@ def density_coverage(
     1 - prod_{j=1..k} (n - j) / (2 n - j), nearly 1 - 2^-k, in any dimension.
 
     Args:
-        samples: (n, *event) generated features.
+        samples: (n, *event) generated features, at least one.
         reference: (m, *event) features of real examples, m > k.
         k: which neighbour, itself not counted.
         block_size: as in `precision_recall`.
@@ -96,11 +95,15 @@ def density_coverage(
     Reference: Naeem, Oh, Uh, Choi, Yoo, "Reliable Fidelity and Diversity Metrics for Generative
     Models", 2020, arXiv 2002.09797, eqs. 3 and 6.
     """
-    y, x = feature_pair(samples, reference, minimum=check_count("k", k) + 1)
+    y, x = (
+        features("samples", samples),
+        features("reference", reference, minimum=check_count("k", k) + 1),
+    )
+    feature_pair(y[:1], x[:1], minimum=1)
     radii = _radii(x, k, block_size)
 
     def balls(row):
-        return jnp.sum(squared_distances(row[None], x)[0] < radii, dtype=x.dtype)
+        return jnp.sum(_distances(row, x) < radii, dtype=x.dtype)
 
     density = jnp.mean(batched(balls, block_size)(y)) / k
     nearest = _nearest(x, y, 1, block_size)[:, 0]
@@ -142,6 +145,12 @@ def copied_share(
     return jnp.mean(nearest[:, 0] < ratio**2 * nearest[:, 1], dtype=y.dtype)
 
 
+def _distances(u: Array, y: Array) -> Array:
+    """|u - y_j|^2 for each row of y."""
+    # By differences: the form with a product loses those within clusters that are far apart.
+    return jnp.sum((u - y) ** 2, 1)
+
+
 def _radii(x: Array, k: int, block_size: int | None) -> Array:
     """Squared distance to the k-th nearest of the others."""
     return _nearest(x, x, k, block_size, same=True)[:, -1]
@@ -151,7 +160,7 @@ def _nearest(x: Array, y: Array, k: int, block_size: int | None, same: bool = Fa
     """Squared distances to the k nearest rows of y, ascending, (n, k); not to itself."""
 
     def row(i, u):
-        distances = squared_distances(u[None], y)[0]
+        distances = _distances(u, y)
         if same:
             distances = jnp.where(jnp.arange(len(y)) == i, jnp.inf, distances)
         return -jax.lax.top_k(-distances, k)[0]

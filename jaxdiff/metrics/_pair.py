@@ -8,7 +8,7 @@ from jaxdiff._tree import is_known
 
 
 def features(argument: str, sample: ArrayLike, *, minimum: int = 1) -> Array:
-    """A sample as (n, d), its event axes flattened.
+    """A sample as (n, d), its event axes flattened, in float32 at least.
 
     Raises:
         ValueError: for fewer than `minimum` samples, no floats, or numbers that are not finite.
@@ -32,7 +32,8 @@ def features(argument: str, sample: ArrayLike, *, minimum: int = 1) -> Array:
                 f"`{argument}` must be finite, got NaN or infinity in {int(wrong.sum())} of "
                 f"{len(wrong)} samples, the first at index {int(np.argmax(wrong))}."
             )
-    return jnp.reshape(sample, (len(sample), -1))
+    wide = jnp.promote_types(sample.dtype, jnp.float32)  # counts and sums are more than halves hold
+    return jnp.reshape(sample, (len(sample), -1)).astype(wide)
 
 
 def feature_pair(x: ArrayLike, y: ArrayLike, *, minimum: int) -> tuple[Array, Array]:

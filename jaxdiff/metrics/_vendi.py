@@ -58,6 +58,9 @@ def vendi_score(
     # Eigenvalues that are 0 come out as rounding errors of either sign.
     there = values > len(x) * jnp.finfo(x.dtype).eps * values[-1]
     values = jnp.where(there, values, 1.0)
+    logs = jnp.log(values)
     if order == 1:
-        return jnp.exp(-jnp.sum(jnp.where(there, values * jnp.log(values), 0)))
-    return jnp.sum(jnp.where(there, values**order, 0)) ** (1 / (1 - order))
+        return jnp.exp(-jnp.sum(jnp.where(there, values * logs, 0)))
+    # sum l = 1, so that sum l^q - 1 = sum l (l^(q - 1) - 1), which keeps its digits near q = 1.
+    excess = jnp.sum(jnp.where(there, values * jnp.expm1((order - 1) * logs), 0))
+    return jnp.exp(jnp.log1p(excess) / (1 - order))

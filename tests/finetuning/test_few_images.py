@@ -166,6 +166,22 @@ def test_gates_choose_among_networks():
     assert_allclose(first(x, start), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_members_keep_numbers_of_their_own():
+    net = unet(0)
+    made = finetuning.make_adapter(net, KEY, rank=1, layers="mid")
+    adapter = eqx.tree_at(
+        lambda a: [low.up for low in a.kernels.values()],
+        made,
+        replace_fn=lambda up: up + 0.3,
+    )
+    members = [finetuning.AdaptedNetwork(net, (adapter.scaled(s),)) for s in (1.0, 0.5)]
+    x, t = images(1)[0], jnp.asarray(300.0)
+    ensemble = finetuning.FeatureEnsemble.of(members, [], x)
+    expected = (members[0](x, t) + members[1](x, t)) / 2
+    assert not np.allclose(members[0](x, t), members[1](x, t), rtol=1e-3)
+    assert_allclose(ensemble(x, t), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_gates_learn_and_networks_do_not():
     nets = [unet(0), unet(1)]
     ensemble = finetuning.FeatureEnsemble.of(nets, ["mid"], images(1)[0])

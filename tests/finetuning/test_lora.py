@@ -123,6 +123,31 @@ def test_stacked_layers_are_adapted_each_by_itself():
     assert not np.allclose(low.down[0], low.down[1])
 
 
+def test_stacked_layers_of_equinox_are_adapted_each_by_itself(x64):
+    layers = eqx.filter_vmap(lambda key: eqx.nn.Linear(5, 4, key=key))(jax.random.split(KEY, 3))
+    adapter = moved(finetuning.make_adapter(layers, KEY, rank=1))
+    (low,) = adapter.kernels.values()
+    assert low.down.shape == (3, 5, 1) and low.up.shape == (3, 1, 4)
+    merged = finetuning.merge(layers, adapter)
+    for i in range(3):
+        change = (low.down[i] @ low.up[i]).T
+        assert_allclose(merged.weight[i], layers.weight[i] + change, rtol=1e-6)
+    orthogonal = [finetuning.make_orthogonal_adapter(layers, KEY, i, rank=2) for i in range(2)]
+    downs = [a.kernels["weight"].down for a in orthogonal]
+    assert_allclose(jnp.einsum("lir,lis->lrs", *downs), jnp.zeros((3, 2, 2)), atol=1e-6)
+
+
+def test_adapters_add_up_and_are_scaled():
+    base = jaxdiff.NetworkDenoiser(with_random_weights(mlp), processes.VP())
+    a, b = (moved(finetuning.make_adapter(base.network, KEY, rank=2), seed) for seed in (1, 2))
+    x, t, cond = jnp.ones(2), jnp.asarray(0.5), jnp.asarray(1)
+    twice = finetuning.adapt(finetuning.adapt(base, a), b)
+    assert_allclose(twice(x, t, cond), finetuning.adapt(base, a, b)(x, t, cond), rtol=1e-6)
+    forms = {jax.tree.structure(a.scaled(f)) for f in (0.3, np.float32(0.3), jnp.array(0.3))}
+    leaves = [type(leaf) for leaf in jax.tree.leaves(a.scaled(jnp.array(0.3)))]
+    assert len(forms) == 1 and float in leaves  # none of them compiles anew
+
+
 def test_the_first_gradient_moves_up_alone(x64):
     """dA = 0 and dB = (alpha / r) A^T G at the start."""
     layer = nnx.Linear(5, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
@@ -194,6 +219,13 @@ def test_adapters_are_small_files(tmp_path):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
         assert_array_equal(a, b)
     assert [file.name for file in path.parent.iterdir()] == ["one.npz"]
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if eqx.is_array(a) else a, adapter)
+    finetuning.save_adapter(path, half)
+    for a, b in zip(
+        *(jax.tree.leaves(a) for a in (finetuning.load_adapter(path), half)), strict=True
+    ):
+        assert_array_equal(a, b)
+        assert jnp.result_type(a) == jnp.result_type(b)
     fixed = finetuning.make_orthogonal_adapter(network, KEY, 0, rank=2, layers="attention")
     finetuning.save_adapter(path, fixed)
     assert len(finetuning.load_adapter(path).learned) == len(fixed.kernels)
@@ -239,8 +271,18 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="`adapters` must be of this network"):
         finetuning.adapt(jaxdiff.NetworkDenoiser(network, processes.VP()), adapter)
     wider = networks.MLP(2, hidden=32, num_blocks=1, num_classes=3, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="got one with .* weights for .*, which has the shape"):
+    with pytest.raises(
+        ValueError, match="got one of .* inputs and .* outputs, in .* layers, for .*, which"
+    ):
         finetuning.merge(wider, finetuning.make_adapter(network, KEY))
+    turned = finetuning.make_adapter(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), KEY)
+    for inputs, outputs in ((3, 4), (2, 6)):
+        with pytest.raises(ValueError, match="got one of 4 inputs and 3 outputs"):
+            finetuning.merge(nnx.Linear(inputs, outputs, rngs=nnx.Rngs(0)), turned)
+    finetuning.save_adapter(tmp_path / "cut.npz", turned)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match="a file that `save_adapter` wrote"):
+        finetuning.load_adapter(tmp_path / "cut.npz")
     (tmp_path / "no.npz").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="a file that `save_adapter` wrote"):
         finetuning.load_adapter(tmp_path / "no.npz")

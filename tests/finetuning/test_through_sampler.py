@@ -232,14 +232,21 @@ def test_a_reference_of_all_data_is_the_limit_of_batches(x64, batch):
     model = bounded(network())
     kernel = metrics.Polynomial(2)
     loss = finetuning.MMDLoss(times=3, features=jax.tree_util.Partial(feature), kernel=kernel)
-    embedding = metrics.mean_embedding(jax.vmap(feature)(batch["x"]), kernel)
-    exact = dataclasses.replace(loss, reference=embedding)
-    # The V-statistics differ by the data's own term, which has no gradient.
-    slopes = [
-        value_and_slope(dataclasses.replace(one, unbiased=False), model, batch)[1]
-        for one in (loss, exact)
-    ]
-    assert_allclose(*slopes, rtol=1e-8, atol=1e-12)
+    known = jax.vmap(feature)(batch["x"])
+    for embedding in (
+        metrics.mean_embedding(known, kernel),
+        metrics.sample_embedding(known, kernel),
+    ):
+        exact = dataclasses.replace(loss, kernel=None, reference=embedding)
+        # Of the same examples the V-statistics are the same.
+        (value, slope), (other, expected) = (
+            value_and_slope(dataclasses.replace(one, unbiased=False), model, batch)
+            for one in (exact, loss)
+        )
+        assert_allclose(value, other, rtol=1e-8)
+        assert_allclose(slope, expected, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="`reference` has a kernel of its own, got `kernel` too"):
+        dataclasses.replace(loss, reference=embedding)
 
 
 def test_a_model_that_is_right_has_no_loss_on_average_whatever_its_conditions(x64):

@@ -92,6 +92,17 @@ def test_gradient(x64, n, m):
     assert_allclose(slope, difference, rtol=1e-6)
 
 
+def test_the_gradient_where_a_feature_is_constant(x64):
+    """A dead unit: the same as of the other features alone, and 0 for itself."""
+    x, y = np.random.default_rng(0).normal(size=(2, 40, 3))
+    dead = np.concatenate([x, np.full((40, 1), 0.5)], 1)
+    other = np.concatenate([y, np.full((40, 1), 0.5)], 1)
+    slope = jax.jit(jax.grad(frechet_distance))(jnp.asarray(dead), jnp.asarray(other))
+    expected = jax.jit(jax.grad(frechet_distance))(jnp.asarray(x), jnp.asarray(y))
+    assert_allclose(slope[:, :3], expected, rtol=1e-8, atol=1e-12)
+    assert_allclose(slope[:, 3], 0, atol=1e-12)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     x = jnp.zeros((5, 3))

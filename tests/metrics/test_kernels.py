@@ -87,6 +87,23 @@ def test_polynomial_embeddings_are_those_of_all_pairs(x64, degree):
     assert_allclose(biased, metrics.mmd2_biased(x, y, kernel), rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["energy", "rbf"])
+def test_an_embedding_of_examples_is_their_law_under_any_kernel(x64, name):
+    kernel, (x, y) = {"energy": metrics.Energy(), "rbf": metrics.RBF(1.3)}[name], arrays(X, Y)
+    far = jnp.asarray(1e3)  # both kernels see differences alone
+    embedding = metrics.sample_embedding(y + far, kernel, block_size=2)
+    gram, own = kernel(x, y), kernel(x, x)
+    assert_allclose(embedding.norm, kernel(y + far, y + far).mean(), rtol=1e-9)
+    assert_allclose(
+        embedding.above(x + far) + kernel(y, y).mean(), gram.mean(1), rtol=1e-8, atol=1e-9
+    )
+    found = metrics.mmd2_to_embedding(x, metrics.sample_embedding(y, kernel))
+    unbiased = (own.sum() - np.trace(own)) / (7 * 6)
+    assert_allclose(found, unbiased - 2 * gram.mean() + kernel(y, y).mean(), rtol=1e-9)
+    own_law = metrics.mmd2_to_embedding(y, metrics.sample_embedding(y, kernel), biased=True)
+    assert abs(own_law) < 1e-12
+
+
 def test_random_features_are_an_rbf_kernel_on_average(x64):
     x, y = arrays(X, Y)
     keys = jax.random.split(jax.random.key(0), 400)
@@ -115,10 +132,30 @@ def test_embeddings_are_pytrees_that_batches_of_devices_average(x64):
         assert_allclose(a.mean(0), b, rtol=1e-12)
 
 
+def test_a_distance_of_nothing_is_nothing():
+    """In float32 the diagonal of a Gram matrix, far from the origin."""
+    x = jnp.asarray(X, jnp.float32) * 100
+    own = np.asarray(metrics.Energy()(x, x), float) * (1 - np.eye(len(x)))
+    norm = metrics.sample_embedding(x, metrics.Energy()).norm
+    assert_allclose(norm, own.mean(), rtol=1e-6)
+    assert abs(metrics.mmd2_biased(x, x, metrics.Energy())) > -1e-6
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        *(
+            (
+                lambda e=embed, d=d: metrics.mmd2_to_embedding(X[:, :d], e(Y)),
+                "the dimension of the emb",
+            )
+            for embed, d in (
+                (lambda y: metrics.mean_embedding(y, metrics.Polynomial(2)), 1),
+                (metrics.sample_embedding, 1),
+                (lambda y: metrics.sample_embedding(y, metrics.Energy()), 2),
+            )
+        ),
         (lambda: metrics.Energy(2.0), "`power` must be above 0 and below 2"),
         (lambda: metrics.RationalQuadratic(alpha=0.0), "`alpha` must be above 0"),
         (lambda: metrics.Mixture(()), "at least one"),

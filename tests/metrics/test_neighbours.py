@@ -66,10 +66,27 @@ def test_chance_alone_looks_like_copies_in_few_dimensions(x64):
     assert metrics.copied_share(x[:20], x[:20] + 0.0, ratio=0.5) == 1.0
 
 
+def test_clusters_that_are_far_apart_keep_their_neighbours():
+    """In float32, of a spread of 0.1 at +-1000, what float64 says."""
+    rng = np.random.default_rng(1)
+    side = np.sign(rng.normal(size=(2, 60, 1)))
+    x, y = 1000 * side + np.float32(0.1) * rng.normal(size=(2, 60, 4)).astype(np.float32)
+    x, y = (z.astype(np.float32) for z in (x, y))
+    apart = ((y[:, None].astype(float) - x.astype(float)) ** 2).sum(-1)
+    own = ((x[:, None].astype(float) - x.astype(float)) ** 2).sum(-1)
+    radii = np.sort(own + np.diag(np.full(60, np.inf)), 1)[:, 4]
+    found = metrics.density_coverage(jnp.asarray(y), jnp.asarray(x))
+    assert_allclose(found.density, (apart < radii).sum(1).mean() / 5, rtol=1e-6)
+    assert_allclose(found.coverage, (apart.min(0) < radii).mean(), rtol=1e-6)
+    assert (
+        metrics.density_coverage(jnp.asarray(y[:3]), jnp.asarray(x)).density > 0
+    )  # of fewer samples than neighbours
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     x = jnp.ones((4, 2))
-    with pytest.raises(ValueError, match="`y` must hold at least 6 samples"):
+    with pytest.raises(ValueError, match="`reference` must hold at least 6 samples"):
         metrics.density_coverage(jnp.ones((9, 2)), x)
     with pytest.raises(ValueError, match="`training` must hold at least 2"):
         metrics.copied_share(x, x[:1])

@@ -1,5 +1,9 @@
 """Vendi score, classifier score, two-sample test, streamed moments and errors: closed forms."""
 
+import functools
+from collections.abc import Callable
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +40,12 @@ def test_vendi_of_known_spectra(x64, order):
     assert_allclose(vendi_score(scaled, order=order), expected, rtol=1e-9)
     assert_allclose(vendi_score(np.eye(8), order=order), 8, rtol=1e-9)
     assert_allclose(vendi_score(np.ones((8, 3)), order=order), 1, rtol=1e-9)
+
+
+def test_vendi_of_orders_next_to_one():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(60, 5)), jnp.float32)
+    found = [float(metrics.vendi_score(x, order=1 + e)) for e in (0, 1e-7, 1e-5, -1e-4)]
+    assert_allclose(found, found[0], rtol=2e-4)
 
 
 def test_vendi_of_other_kernels(x64):
@@ -107,8 +117,9 @@ def test_bootstrap_errors_of_a_mean_and_a_distance(x64):
 
 def test_differences_of_pairs_have_the_error_of_what_is_not_shared(x64):
     """Two methods on one noise: what both have in common is not in the spread of the difference."""
-    shared, y = RNG.normal(size=400), jnp.asarray(RNG.normal(size=(200, 1)))
-    a, b = (jnp.asarray(shared + 0.1 * RNG.normal(size=400))[:, None] for _ in range(2))
+    rng = np.random.default_rng(1)
+    shared, y = rng.normal(size=400), jnp.asarray(rng.normal(size=(200, 1)))
+    a, b = (jnp.asarray(shared + 0.1 * rng.normal(size=400))[:, None] for _ in range(2))
 
     def values(x):
         return metrics.bootstrap(
@@ -119,6 +130,23 @@ def test_differences_of_pairs_have_the_error_of_what_is_not_shared(x64):
     paired = jnp.std(values(a) - values(b), ddof=1)
     assert_allclose(paired, jnp.std(a - b) / 20, rtol=0.07)
     assert paired < 0.25 * jnp.std(values(a), ddof=1)
+
+
+def test_half_precision_is_computed_in_single():
+    drawn = np.random.default_rng(1).normal(size=(2, 700, 3))
+    halves = [jnp.asarray(z, jnp.bfloat16) for z in drawn]
+    wide = [z.astype(jnp.float32) for z in halves]
+    assert metrics.Moments.of(halves[0]).count == 700
+    for metric in (
+        metrics.mmd2_variance,
+        metrics.frechet_distance,
+        lambda x, y: metrics.permutation_test(jax.random.key(0), x, y, num_permutations=50)[1],
+        lambda x, y: metrics.conditional_mmd2(x, LABELS, y, LABELS, num_classes=1)[0],
+    ):
+        assert_allclose(metric(*halves), metric(*wide), rtol=1e-6)
+
+
+LABELS = jnp.zeros(700, int)
 
 
 def test_the_limit_of_frechet_distances_has_no_bias(x64):
@@ -149,6 +177,10 @@ def test_errors():
         metrics.c2st(jax.random.key(0), x, x, folds=1)
     with pytest.raises(ValueError, match="`order` must be at least 0"):
         metrics.vendi_score(x, order=-1.0)
+    with pytest.raises(ValueError, match="`least` must be above 0 and below 1, got 2"):
+        metrics.frechet_limit(jax.random.key(0), x, x, least=2.0)
+    with pytest.raises(ValueError, match="`num_steps` must be at least 1"):
+        metrics.c2st(jax.random.key(0), x, x, num_steps=0)
     with pytest.raises(ValueError, match="`kernel` must be positive for every example"):
         metrics.vendi_score(x.at[3].set(0.0))
     with pytest.raises(ValueError, match="`logits` must be finite"):
@@ -179,11 +211,16 @@ def test_features_of_many_are_streamed_over_devices_and_kept(tmp_path, spread, m
     others = {"w": weights["w"] + 1}
     for function, examples in (
         (jax.tree_util.Partial(scaled, others), x),
-        (jax.tree_util.Partial(lambda weights, x: scaled(weights, x), weights), x),
+        (jax.tree_util.Partial(flat, weights), x.reshape(53, 3)),
         (features, x[:52]),
+        (jax.tree_util.Partial(flat, weights), x[:52].reshape(26, 6)),
     ):
         metrics.features_of(function, examples, **options)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
+    alike = metrics.features_of(
+        jax.tree_util.Partial(flat, weights), x[:52].reshape(13, 12), **options
+    )
+    assert alike.shape == (13, 12)
     with pytest.raises(ValueError, match="`examples` must hold one at least"):
         metrics.features_of(features, x[:0])
     with pytest.raises(ValueError, match="`features` must return a vector"):
@@ -191,9 +228,42 @@ def test_features_of_many_are_streamed_over_devices_and_kept(tmp_path, spread, m
     with pytest.raises(TypeError, match="`examples` must be floats, got uint8"):
         metrics.features_of(features, np.zeros((4, 3), np.uint8))
     # What a function hides would be taken for what was kept.
-    for hidden in (lambda x: x * weights["w"][0], classifier().features):
+    weight = weights["w"][0]
+    for hidden in (
+        lambda x: x * weight,
+        classifier().features,
+        functools.partial(scaled, weights),
+        jax.jit(lambda x: x * weight),
+        jax.tree_util.Partial(jax.jit(lambda x: x * weight)),
+        jax.tree_util.Partial(lambda weights, x: scaled(weights, x), weights),
+        with_default,
+        Hidden(lambda x: x * weight),
+        jax.tree_util.Partial(inside, Hidden(lambda x: x * weight)),
+    ):
         with pytest.raises(TypeError, match="`features` must show what it depends on"):
             metrics.features_of(hidden, x, cache=tmp_path)
+
+
+def flat(weights, x):
+    return x.reshape(-1)
+
+
+def with_default(x, weight=2.0):
+    return weight * x
+
+
+def inside(module, x):
+    return module(x)
+
+
+class Hidden(eqx.Module):
+    """A function where it is no leaf."""
+
+    function: Callable = eqx.field(static=True)
+
+    def __call__(self, x):
+        """Its value."""
+        return self.function(x)
 
 
 def classifier():

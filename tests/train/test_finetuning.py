@@ -52,7 +52,7 @@ def digits(tmp_path_factory):
 def test_a_tuned_sampler_is_nearer_to_the_data(toy, tmp_path, capsys):
     run_dir = tmp_path / "tuned"
     options = Options(
-        toy, run_dir=str(run_dir), kernel="energy", sampling_steps=3, steps=60, learning_rate=3e-3,
+        toy, run_dir=str(run_dir), sampling_steps=3, steps=60, learning_rate=3e-3,
         **TINY | {"num_samples": 512, "batch_size": 128},
     )  # fmt: skip
     found = finetune_mmd.main(options)
@@ -139,7 +139,10 @@ def test_inception_sees_images_alone(toy):
 def test_what_does_not_go_with_the_data_is_refused(toy):
     for changes, message in (
         ({"features": "classifier"}, "`mmd.features` classifier needs images of classes"),
-        ({"by_class": True}, "`mmd.by_class` needs data whose condition is a class"),
+        (
+            {"by_class": True, "reference": 0},
+            "`mmd.by_class` needs data whose condition is a class",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             finetune_mmd.tune(configured(Options(toy, **changes)))
@@ -150,15 +153,15 @@ def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "STEPS", (2, 5))
     monkeypatch.setattr(study, "SOLVERS", ("ddim", "unipc"))
     options = study.Study(
-        (toy,), out, variants=("energy distance",), steps=2, batch_size=16, num_samples=64,
+        (toy,), out, variants=("kernel of degree 3",), steps=2, batch_size=16, num_samples=64,
         full_steps=6,
     )  # fmt: skip
     study.main(options)
     rows = study.read(out)
     assert [row["name"] for row in rows] == [
-        "ddim, 2", "ddim, 5", "unipc, 2", "unipc, 5", "ddim, 6", "energy distance",
+        "ddim, 2", "ddim, 5", "unipc, 2", "unipc, 5", "ddim, 6", "kernel of degree 3",
     ]  # fmt: skip
-    study.main(dataclasses.replace(options, variants=("energy distance", "last step")))
+    study.main(dataclasses.replace(options, variants=("kernel of degree 3", "last step")))
     assert study.read(out)[:-1] == rows and study.read(out)[-1]["name"] == "last step"
     study.main(dataclasses.replace(options, table=True))
     table = out.with_suffix(".md").read_text().splitlines()
@@ -173,12 +176,14 @@ def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
     mean = 1.5 * rows[0]["frechet"]
     assert f"| ddim, 2 | 2 | {mean:.3f} +- {mean / 3:.3f} |" in text
     named = {row["name"]: row for row in rows}
-    share = measure.gap_closed(*(named[name] for name in ("energy distance", "ddim, 5", "ddim, 6")))
+    share = measure.gap_closed(
+        *(named[name] for name in ("kernel of degree 3", "ddim, 5", "ddim, 6"))
+    )
     assert share is not None and f"{share:.0%} +- 0%" in text
     best = min((named[f"{solver}, 5"] for solver in ("ddim", "unipc")), key=lambda r: r["frechet"])
-    gain = best["frechet"] - named["energy distance"]["frechet"]
+    gain = best["frechet"] - named["kernel of degree 3"]["frechet"]
     assert f"| {1.5 * gain:.3f} +- {abs(gain) / 2:.3f} |" in text
-    error = measure.difference(best, named["energy distance"])[1]
+    error = measure.difference(best, named["kernel of degree 3"])[1]
     assert f"| {gain:.3f} +- {error:.3f} |" in study.summary(rows, "ddim, 6")
     assert measure.gap_closed(named["ddim, 5"], named["ddim, 6"], named["ddim, 5"]) is None
     # Nothing is mixed up: other settings, a seed twice, and no results at all are refused.
@@ -197,7 +202,9 @@ def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
         ({"micro_batch": 48}, "`mmd.micro_batch` must divide `batch_size`, 128, got 48"),
         ({"rank": -1}, "`mmd.rank` must be at least 0"),
         ({"sampling_steps": 0}, "must be at least 1, got 0"),
-        ({"by_class": True, "statistic": "v"}, "goes with `mmd.statistic` u"),
+        ({"by_class": True, "statistic": "v", "reference": 0}, "goes with `mmd.statistic` u"),
+        ({"by_class": True}, "and `mmd.reference` 0, got u and 4096"),
+        ({"reference": -1}, "`mmd.reference` must be at least 0"),
     ],
 )
 def test_numbers_that_make_no_run_are_refused(toy, changes, message):

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import finetuning, metrics
@@ -29,6 +29,8 @@ class MMDConfig:
             measures; or the pixels themselves; "auto" takes pixels for data without classes.
         kernel: on features; "rbf" has the median distance of the data's as its bandwidth.
         statistic: "u" is unbiased, "v" is not.
+        reference: training examples that samples are compared with, chosen once; 0 compares with
+            those of each batch.
         by_class: match within each class.
         last_k: differentiate through the last steps alone; None for all.
         micro_batch: samples drawn at a time; None for all.
@@ -39,8 +41,9 @@ class MMDConfig:
     sampling_steps: int = 5
     guidance_scale: float = 1.0
     features: Literal["auto", "classifier", "pixels"] = "auto"
-    kernel: Literal["poly1", "poly2", "poly3", "rbf", "energy"] = "poly3"
+    kernel: Literal["poly1", "poly2", "poly3", "rbf", "energy"] = "energy"
     statistic: Literal["u", "v"] = "u"
+    reference: int = 4096
     by_class: bool = False
     last_k: int | None = None
     micro_batch: int | None = None
@@ -68,7 +71,10 @@ class Config(RunConfig):
         """Refuse numbers that make no run, before any work."""
         super().check()
         mmd = self.mmd
-        for name, least in (("sampling_steps", 1), ("rank", 0), ("last_k", 1), ("micro_batch", 1)):
+        for name, least in (
+            *(("sampling_steps", 1), ("rank", 0), ("last_k", 1), ("micro_batch", 1)),
+            ("reference", 0),
+        ):
             value = getattr(mmd, name)
             if value is not None and value < least:
                 raise ValueError(f"`mmd.{name}` must be at least {least}, got {value}.")
@@ -82,8 +88,11 @@ class Config(RunConfig):
                 f"`mmd.micro_batch` must divide `batch_size`, {self.batch_size}, got "
                 f"{mmd.micro_batch}."
             )
-        if mmd.by_class and mmd.statistic != "u":
-            raise ValueError("`mmd.by_class` goes with `mmd.statistic` u, got v.")
+        if mmd.by_class and (mmd.statistic != "u" or mmd.reference):
+            raise ValueError(
+                "`mmd.by_class` goes with `mmd.statistic` u and `mmd.reference` 0, got "
+                f"{mmd.statistic} and {mmd.reference}."
+            )
 
 
 def configure(base: str, **changes: Any) -> Config:
@@ -162,17 +171,17 @@ def build_features(config: Config, source: Source, mesh) -> Any:
     )
 
 
-def build_loss(config: Config, denoiser: Denoiser, source: Source, features: Any):
-    """The loss on samples of the configured sampler."""
+def build_loss(config: Config, denoiser: Denoiser, source: Source, features: Any, reference: int):
+    """The loss on samples of the configured sampler, against so many examples or the batch's."""
     mmd, info = config.mmd, DataInfo.of(source)
     settings = sampling_of(mmd)
-    rows = np.random.default_rng(config.seed).permutation(len(source))[:512]
-    known = jax.jit(jax.vmap(features))(source[np.sort(rows)]["x"])
+    rows = np.random.default_rng(config.seed).permutation(len(source))[: max(reference, 512)]
+    known = jnp.asarray(metrics.features_of(features, source[np.sort(rows)]["x"]))
     kernel = {
         "poly1": lambda: metrics.Polynomial(1),
         "poly2": lambda: metrics.Polynomial(2),
         "poly3": lambda: metrics.Polynomial(3),
-        "rbf": lambda: metrics.RBF(metrics.median_bandwidth(known[:256], known[256:])),
+        "rbf": lambda: metrics.RBF(metrics.median_bandwidth(known[:256], known[256:512])),
         "energy": lambda: metrics.Energy(),
     }[mmd.kernel]()
     return finetuning.MMDLoss(
@@ -183,7 +192,11 @@ def build_loss(config: Config, denoiser: Denoiser, source: Source, features: Any
         clip=finetuning.straight_through_clip if info.pixels else None,
         micro_batch=mmd.micro_batch,
         features=features,
-        kernel=kernel,
+        **(
+            {"reference": metrics.sample_embedding(known, kernel)}
+            if reference
+            else {"kernel": kernel}
+        ),
         unbiased=mmd.statistic == "u",
         num_classes=info.num_classes if mmd.by_class else None,
     )

@@ -26,23 +26,24 @@ from train.finetuning import measure, recipe
 
 STEPS = (2, 5, 10, 15, 20)
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
-# One factor at a time; "default" is five steps of DDIM, cubic kernel, unbiased, all weights.
+# One factor at a time; "default" is five steps of DDIM, energy distance, unbiased, all weights.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     **{f"{n} steps": {"sampling_steps": n} for n in STEPS if n != 5},
     "kernel of degree 1": {"kernel": "poly1"},
     "kernel of degree 2": {"kernel": "poly2"},
+    "kernel of degree 3": {"kernel": "poly3"},
     "RBF kernel": {"kernel": "rbf"},
-    "energy distance": {"kernel": "energy"},
     "V-statistic": {"statistic": "v"},
-    "within classes": {"by_class": True},
+    "examples of the batch": {"reference": 0},
+    "within classes": {"by_class": True, "reference": 0},
     "batch of 32": {"batch_size": 32},
     "batch of 512": {"batch_size": 512, "micro_batch": 128},
     "last step": {"last_k": 1},
     "last 3 steps": {"last_k": 3},
     "DPM-Solver++": {"solver": "dpmpp_2m"},
     "UniPC": {"solver": "unipc"},
-    "pixels": {"features": "pixels", "kernel": "energy"},
+    "pixels": {"features": "pixels"},
     "adapter of rank 4": {"rank": 4, "learning_rate": 1e-3},
     "adapter of rank 16": {"rank": 16, "learning_rate": 1e-3},
 }
