@@ -75,6 +75,7 @@ def test_the_energy_distance_of_gaussians(x64):
 def test_polynomial_embeddings_are_those_of_all_pairs(x64, degree):
     kernel, (x, y) = metrics.Polynomial(degree, 0.4, 0.6), arrays(X, Y)
     embedding = metrics.mean_embedding(y, kernel)
+    assert isinstance(embedding, metrics.MeanEmbedding)
     assert_allclose(embedding(x), kernel(x, y).mean(1), rtol=1e-12)
     assert_allclose(kernel.product(embedding.moments, embedding.moments), kernel(y, y).mean())
     # In unequal batches, and an MMD that takes the data for the law itself.
@@ -93,6 +94,7 @@ def test_an_embedding_of_examples_is_their_law_under_any_kernel(x64, name):
     far = jnp.asarray(1e3)  # both kernels see differences alone
     embedding = metrics.sample_embedding(y + far, kernel, block_size=2)
     gram, own = kernel(x, y), kernel(x, x)
+    assert isinstance(embedding, metrics.SampleEmbedding)
     assert_allclose(embedding.norm, kernel(y + far, y + far).mean(), rtol=1e-9)
     assert_allclose(
         embedding.above(x + far) + kernel(y, y).mean(), gram.mean(1), rtol=1e-8, atol=1e-9
