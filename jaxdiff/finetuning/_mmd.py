@@ -12,11 +12,13 @@ from jaxdiff._checks import check_callable, check_count, check_kind
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.finetuning._through_sampler import ThroughSampler
 from jaxdiff.metrics import (
+    ClassEmbedding,
     Embedding,
     Kernel,
     Polynomial,
     conditional_mmd2,
     mmd2_biased,
+    mmd2_to_classes,
     mmd2_to_embedding,
     mmd2_unbiased,
 )
@@ -39,7 +41,9 @@ class MMDLoss(ThroughSampler):
             pushes samples apart.
         reference: the embedding of the data set's features under the kernel (`sample_embedding`
             of some thousand, or `mean_embedding` of all), in place of those of the batch: no noise
-            from the data.
+            from the data. Of a `class_embedding` it is the data in the proportions of the batch's
+            classes, so that how many samples each class has is no noise either: the labels
+            `batch["cond"]`, and the unbiased statistic.
         num_classes: match within each class of the labels `batch["cond"]`, and not over all; None
             for all.
         solver: as of `ThroughSampler`.
@@ -58,7 +62,7 @@ class MMDLoss(ThroughSampler):
     features: Callable[[Array], Array] = eqx.field(kw_only=True)
     kernel: Kernel | None = eqx.field(default=None, kw_only=True)
     unbiased: bool = eqx.field(static=True, default=True, kw_only=True)
-    reference: Embedding | None = eqx.field(default=None, kw_only=True)
+    reference: Embedding | ClassEmbedding | None = eqx.field(default=None, kw_only=True)
     num_classes: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
@@ -66,7 +70,13 @@ class MMDLoss(ThroughSampler):
         if self.kernel is not None:
             check_kind("kernel", self.kernel, Kernel, "metrics.Polynomial()")
         if self.reference is not None:
-            check_kind("reference", self.reference, Embedding, "metrics.sample_embedding(y)")
+            if not isinstance(self.reference, ClassEmbedding):
+                check_kind("reference", self.reference, Embedding, "metrics.sample_embedding(y)")
+            elif not self.unbiased:
+                raise ValueError(
+                    "`reference` of classes goes with the unbiased statistic, got "
+                    "`unbiased=False`. Take a `sample_embedding`."
+                )
             if self.kernel is not None:
                 raise ValueError(
                     "`reference` has a kernel of its own, got `kernel` too. Leave it out."
@@ -96,6 +106,9 @@ class MMDLoss(ThroughSampler):
                 f"`features` must return a vector for an example, got shape {fake.shape[1:]}. "
                 "Flatten it."
             )
+        if isinstance(self.reference, ClassEmbedding):
+            loss = mmd2_to_classes(fake, self._labels(cond), self.reference)
+            return loss, {"mmd2": loss}
         if self.reference is not None:
             loss = mmd2_to_embedding(fake, self.reference, biased=not self.unbiased)
             return loss, {"mmd2": loss}
@@ -103,13 +116,7 @@ class MMDLoss(ThroughSampler):
         real = jax.lax.stop_gradient(jax.vmap(self.features)(x))
         kernel = Polynomial() if self.kernel is None else self.kernel
         if self.num_classes is not None:
-            plain = cond is not None and not isinstance(cond, dict)
-            if not (plain and jnp.issubdtype(jnp.result_type(cond), jnp.integer)):
-                raise ValueError(
-                    "`num_classes` needs the labels of the batch, integers in `batch['cond']`, got "
-                    f"{type(cond).__name__}. Leave it out to match over all."
-                )
-            labels = jnp.asarray(cond)
+            labels = self._labels(cond)
             loss, _ = conditional_mmd2(
                 fake, labels, real, labels, kernel, num_classes=self.num_classes
             )
@@ -122,3 +129,14 @@ class MMDLoss(ThroughSampler):
                 else mmd2_biased(fake, real, kernel)
             )
         return loss, {"mmd2": loss}
+
+    @staticmethod
+    def _labels(cond: Any) -> Array:
+        """The classes of the batch."""
+        plain = cond is not None and not isinstance(cond, dict)
+        if not (plain and jnp.issubdtype(jnp.result_type(cond), jnp.integer)):
+            raise ValueError(
+                "Matching by class needs the labels of the batch, integers in `batch['cond']`, got "
+                f"{type(cond).__name__}. Leave `num_classes` out, or take a `sample_embedding`."
+            )
+        return jnp.asarray(cond)

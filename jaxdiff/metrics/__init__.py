@@ -23,13 +23,16 @@ from jaxdiff.metrics._kernels import RandomFeatures as RandomFeatures
 from jaxdiff.metrics._kernels import RationalQuadratic as RationalQuadratic
 from jaxdiff.metrics._kernels import median_bandwidth as median_bandwidth
 from jaxdiff.metrics._kernels import multi_rbf as multi_rbf
+from jaxdiff.metrics._mmd import ClassEmbedding as ClassEmbedding
 from jaxdiff.metrics._mmd import Embedding as Embedding
 from jaxdiff.metrics._mmd import MeanEmbedding as MeanEmbedding
 from jaxdiff.metrics._mmd import SampleEmbedding as SampleEmbedding
+from jaxdiff.metrics._mmd import class_embedding as class_embedding
 from jaxdiff.metrics._mmd import conditional_mmd2 as conditional_mmd2
 from jaxdiff.metrics._mmd import mean_embedding as mean_embedding
 from jaxdiff.metrics._mmd import mmd2_biased as mmd2_biased
 from jaxdiff.metrics._mmd import mmd2_linear as mmd2_linear
+from jaxdiff.metrics._mmd import mmd2_to_classes as mmd2_to_classes
 from jaxdiff.metrics._mmd import mmd2_to_embedding as mmd2_to_embedding
 from jaxdiff.metrics._mmd import mmd2_unbiased as mmd2_unbiased
 from jaxdiff.metrics._mmd import mmd2_variance as mmd2_variance

@@ -480,6 +480,100 @@ def mmd2_to_embedding(
     return jnp.mean(rows) - 2 * jnp.mean(embedding.above(x))
 
 
+class ClassEmbedding(eqx.Module):
+    """The law of every class by itself, that of m examples with labels, for any kernel.
+
+    Attributes:
+        kernel: the kernel.
+        rows: the examples, `(m, d)`.
+        shares: `(m, num_classes)`, of an example in its class: 1 / its size, and 0 in others.
+        norms: `(num_classes, num_classes)`, mean of k - shift between two classes.
+        shift: what is taken from every kernel value, and changes no MMD.
+    """
+
+    kernel: Kernel
+    rows: Array
+    shares: Array
+    norms: Array
+    shift: Scalar
+
+    def above(self, x: Float[Array, "n *event"]) -> Float[Array, "n classes"]:
+        """E_y k(x_i, y) - shift for each row of x and y of each class."""
+        x = _of_dimension(x, self.rows.shape[1])
+        return dots(self.kernel(x, self.rows) - self.shift, self.shares)
+
+
+def class_embedding(
+    y: Float[Array, "m *event"],
+    labels: Int[Array, "m"],
+    kernel: Kernel = Polynomial(),
+    *,
+    num_classes: int,
+    block_size: int = 256,
+) -> ClassEmbedding:
+    """The embeddings of m examples class by class, for `mmd2_to_classes`.
+
+    Args:
+        y: (m, *event) samples or features.
+        labels: (m,) their classes.
+        kernel: any.
+        num_classes: how many there are; each must have an example.
+        block_size: examples that are compared with all at a time.
+
+    Returns:
+        The embedding, a pytree that holds the examples.
+
+    Raises:
+        ValueError: for no examples, or a class without any.
+    """
+    check_kind("kernel", kernel, Kernel, "Polynomial()")
+    rows = features("y", y)
+    hot = _one_hot("labels", labels, rows, check_count("num_classes", num_classes))
+    sizes = jnp.sum(hot, 0)
+    if is_known(sizes) and not np.all(np.asarray(sizes) > 0):
+        missing = int(np.argmin(np.asarray(sizes)))
+        raise ValueError(f"`labels` must have every class, got none of class {missing}.")
+    shares, shift = hot / sizes, _shift(kernel, rows, rows)
+
+    def row(u):
+        return dots(kernel(u[None], rows)[0] - shift, shares)
+
+    norms = dots(shares.T, batched(row, block_size)(rows))
+    return ClassEmbedding(kernel, rows, shares, norms, shift)
+
+
+def mmd2_to_classes(
+    x: Float[Array, "n *event"], labels: Int[Array, "n"], embedding: ClassEmbedding
+) -> Scalar:
+    """Squared MMD of samples to data in the proportions of the samples' own classes.
+
+    mean_{i != j} [k(x_i, x_j) - 2 E_{y of class c_j} k(x_i, y) + E k(y of c_i, y' of c_j)]: what
+    `mmd2_unbiased(paired=True)` is on average over real examples of the same classes, so that it
+    has no noise from the data, and none from how many samples of each class there are.
+
+    Args:
+        x: (n, *event), n >= 2.
+        labels: (n,) classes of the samples.
+        embedding: of the data, from `class_embedding`.
+
+    Returns:
+        The squared MMD, a scalar; unbiased, if labels are drawn independently.
+
+    Raises:
+        ValueError: for another dimension or number of labels.
+    """
+    check_kind("embedding", embedding, ClassEmbedding, "class_embedding(y, labels)")
+    x = features("x", x, minimum=2)
+    n, (num_classes, _) = len(x), embedding.norms.shape
+    hot = _one_hot("labels", labels, x, num_classes)
+    # Of the other samples, the number in each class.
+    others = (jnp.sum(hot, 0) - hot) / (n - 1)
+    own = _rows(embedding.kernel, x, x, embedding.shift, None, same=True).mean
+    across = jnp.sum(embedding.above(x) * others, 1)
+    norms = jnp.sum(dots(hot, embedding.norms) * others, 1)
+    return jnp.mean(own) - 2 * jnp.mean(across) + jnp.mean(norms)
+
+
 def _of_dimension(x: Array, dimension: int) -> Array:
     """x as (n, d), of the dimension of an embedding."""
     x = features("x", x)

@@ -247,6 +247,9 @@ def test_a_reference_of_all_data_is_the_limit_of_batches(x64, batch):
         assert_allclose(slope, expected, rtol=1e-8, atol=1e-12)
     with pytest.raises(ValueError, match="`reference` has a kernel of its own, got `kernel` too"):
         dataclasses.replace(loss, reference=embedding)
+    classes = metrics.class_embedding(known, jnp.arange(12) % 2, kernel, num_classes=2)
+    with pytest.raises(ValueError, match="`reference` of classes goes with the unbiased"):
+        dataclasses.replace(loss, kernel=None, reference=classes, unbiased=False)
 
 
 def test_a_model_that_is_right_has_no_loss_on_average_whatever_its_conditions(x64):
@@ -263,17 +266,24 @@ def test_a_model_that_is_right_has_no_loss_on_average_whatever_its_conditions(x6
     loss = finetuning.MMDLoss(
         times=1, features=jax.tree_util.Partial(identity), kernel=metrics.RBF(1.0)
     )
+    known = jnp.asarray([[-1.0], [1.0], [1.0]])
+    classes = metrics.class_embedding(known, (known[:, 0] > 0) + 0, loss.kernel, num_classes=2)
+    by_class = dataclasses.replace(loss, kernel=None, reference=classes)
 
     @jax.jit
     @jax.vmap
     def value(key):
         cond = jax.random.bernoulli(key, shape=(12,)).astype(jnp.int32)
         x = jnp.where(cond == 0, -1.0, 1.0)[:, None]
-        found = loss(Exact(processes.VP()), key, {"x": x, "cond": cond}, {})[0]
-        return found, metrics.mmd2_unbiased(x, x, loss.kernel)
+        found, other = (
+            one(Exact(processes.VP()), key, {"x": x, "cond": cond}, {})[0]
+            for one in (loss, by_class)
+        )
+        return found, other, metrics.mmd2_unbiased(x, x, loss.kernel)
 
-    values, naive = value(jax.random.split(KEY, 2000))
+    values, others, naive = value(jax.random.split(KEY, 2000))
     assert np.abs(values).max() < 1e-12  # x_i = y_i: every term cancels
+    assert np.abs(others).max() < 1e-12  # and whatever the proportions of the known examples
     assert naive.mean() < -0.05
 
 
@@ -427,7 +437,7 @@ def test_errors_of_a_batch():
         loss(model, KEY, {"x": jnp.zeros((12, 2), jnp.int32)}, {})
     for cond in (None, {"label": jnp.zeros(12, jnp.int32)}, jnp.zeros(12)):
         by_class = finetuning.MMDLoss(features=identity, times=2, num_classes=2)
-        with pytest.raises(ValueError, match="`num_classes` needs the labels of the batch|label"):
+        with pytest.raises(ValueError, match="by class needs the labels of the batch|label"):
             by_class(model, KEY, {"x": jnp.zeros((12, 2)), "cond": cond}, {})
     loss = finetuning.MMDLoss(features=lambda x: x[None], times=2)
     with pytest.raises(ValueError, match="`features` must return a vector"):

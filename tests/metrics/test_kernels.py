@@ -1,5 +1,7 @@
 """Kernels against their formulas, embeddings against Gram matrices, and the energy distance."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,19 @@ def test_an_embedding_of_examples_is_their_law_under_any_kernel(x64, name):
     assert abs(own_law) < 1e-12
 
 
+def test_classes_are_what_pairs_of_their_examples_are_on_average(x64):
+    """The paired statistic, over all choices of one real example of each sample's class."""
+    x, y = arrays(X[:3], Y[:4])
+    labels, own = jnp.asarray([0, 1, 0, 1]), jnp.asarray([1, 0, 1])
+    kernel = metrics.RBF(1.3)
+    embedding = metrics.class_embedding(y, labels, kernel, num_classes=2, block_size=3)
+    assert isinstance(embedding, metrics.ClassEmbedding)
+    members = {0: [0, 2], 1: [1, 3]}
+    choices = itertools.product(*(members[int(c)] for c in own))
+    values = [metrics.mmd2_unbiased(x, y[jnp.asarray(c)], kernel, paired=True) for c in choices]
+    assert_allclose(metrics.mmd2_to_classes(x, own, embedding), np.mean(values), rtol=1e-9)
+
+
 def test_random_features_are_an_rbf_kernel_on_average(x64):
     x, y = arrays(X, Y)
     keys = jax.random.split(jax.random.key(0), 400)
@@ -164,6 +179,10 @@ def test_a_distance_of_nothing_is_nothing():
         (lambda: metrics.Mixture((metrics.RBF(),), (1.0, 2.0)), "got 2 for 1"),
         (lambda: metrics.mean_embedding(Y, metrics.RBF()), "`kernel` must be a FiniteKernel"),
         (lambda: metrics.mean_embedding([]), "one batch at least"),
+        (
+            lambda: metrics.class_embedding(Y, jnp.zeros(len(Y), int), num_classes=2),
+            "`labels` must have every class, got none of class 1",
+        ),
         (lambda: metrics.RandomFeatures.draw(jax.random.key(0), 0), "`dimension`"),
     ],
 )

@@ -176,7 +176,8 @@ def build_loss(config: Config, denoiser: Denoiser, source: Source, features: Any
     mmd, info = config.mmd, DataInfo.of(source)
     settings = sampling_of(mmd)
     rows = np.random.default_rng(config.seed).permutation(len(source))[: max(reference, 512)]
-    known = jnp.asarray(metrics.features_of(features, source[np.sort(rows)]["x"]))
+    examples = source[np.sort(rows)]
+    known = jnp.asarray(metrics.features_of(features, examples["x"]))
     kernel = {
         "poly1": lambda: metrics.Polynomial(1),
         "poly2": lambda: metrics.Polynomial(2),
@@ -184,6 +185,18 @@ def build_loss(config: Config, denoiser: Denoiser, source: Source, features: Any
         "rbf": lambda: metrics.RBF(metrics.median_bandwidth(known[:256], known[256:512])),
         "energy": lambda: metrics.Energy(),
     }[mmd.kernel]()
+    unbiased = mmd.statistic == "u"
+    against: dict[str, Any] = {"kernel": kernel}
+    if reference and unbiased and info.num_classes and not info.cond:
+        # In the proportions of the batch's classes, which are then no noise.
+        labels = jnp.asarray(examples["cond"])
+        against = {
+            "reference": metrics.class_embedding(
+                known, labels, kernel, num_classes=info.num_classes
+            )
+        }
+    elif reference:
+        against = {"reference": metrics.sample_embedding(known, kernel)}
     return finetuning.MMDLoss(
         build_solver(settings),
         build_times(settings, denoiser.process),
@@ -192,12 +205,8 @@ def build_loss(config: Config, denoiser: Denoiser, source: Source, features: Any
         clip=finetuning.straight_through_clip if info.pixels else None,
         micro_batch=mmd.micro_batch,
         features=features,
-        **(
-            {"reference": metrics.sample_embedding(known, kernel)}
-            if reference
-            else {"kernel": kernel}
-        ),
-        unbiased=mmd.statistic == "u",
+        **against,
+        unbiased=unbiased,
         num_classes=info.num_classes if mmd.by_class else None,
     )
 

@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "examples of the batch": {"reference": 0},
     "within classes": {"by_class": True, "reference": 0},
     "batch of 32": {"batch_size": 32},
-    "batch of 512": {"batch_size": 512, "micro_batch": 128},
+    "batch of 256": {"batch_size": 256, "micro_batch": 64},
     "last step": {"last_k": 1},
     "last 3 steps": {"last_k": 3},
     "DPM-Solver++": {"solver": "dpmpp_2m"},
