@@ -243,13 +243,14 @@ def _full(process, log_weights, means, covariances, labels, num_classes) -> Gaus
 def _check_mixture(means: Array, weights: ArrayLike | None, labels: ArrayLike | None):
     count = means.shape[0]
     weights = jnp.ones(count, means.dtype) if weights is None else as_float_array(weights)
-    labels = jnp.zeros(count, jnp.int32) if labels is None else jnp.asarray(labels)
+    # In NumPy, because JAX would trace even a constant inside jit.
+    labels = np.zeros(count, np.int32) if labels is None else np.asarray(labels)
     for name, value in (("weights", weights), ("labels", labels)):
         if value.shape != (count,):
             raise ValueError(
                 f"`{name}` must have one entry per component, shape ({count},), got {value.shape}."
             )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"`labels` must be integers, got dtype {labels.dtype}.")
     if is_known(weights) and not np.all(np.asarray(weights) > 0):
         raise ValueError(f"`weights` must be positive, got {np.asarray(weights)}.")
@@ -257,7 +258,7 @@ def _check_mixture(means: Array, weights: ArrayLike | None, labels: ArrayLike | 
         raise ValueError(f"`labels` must not be negative, got {labels.min()}. Number them from 0.")
     num_classes = int(labels.max()) + 1
     log_weights = jnp.log(weights / weights.sum()).astype(means.dtype)
-    return log_weights, labels.astype(jnp.int32), num_classes
+    return log_weights, jnp.asarray(labels, jnp.int32), num_classes
 
 
 def _check_covariances(covariances: Array) -> None:

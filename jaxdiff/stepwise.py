@@ -159,6 +159,29 @@ def noted(denoiser: Denoiser) -> set[int]:
     }
 
 
+def index_of(node: Stepwise) -> Array:
+    """The number of a map's step on its grid.
+
+    Raises:
+        ValueError: where steps have no number.
+    """
+    if node.step.index is None:
+        raise ValueError(
+            f"`{type(node).__name__}` decides by the number of the step, and this step has none. "
+            "Sample on a grid of times."
+        )
+    return node.step.index
+
+
+def kept_notes(denoiser: Denoiser) -> dict[int, PyTree]:
+    """What the maps inside remember, unchanged: of a step in which they are not asked."""
+    return {
+        node.slot: node.bound.memory
+        for node in stepwise_maps(denoiser)
+        if node.slot is not None and node.bound is not None and node.bound.memory is not None
+    }
+
+
 def check_remembered(denoiser: Denoiser, wanted: Iterable[int], notes: dict, asker: str) -> None:
     """Reject an estimate, or a step, that lost what a map remembers.
 

@@ -1,26 +1,28 @@
 """Classifier-free guidance."""
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_number
-from jaxdiff._tree import Number, number
-from jaxdiff.conditions import null_where
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+from jaxdiff._tree import number
+from jaxdiff.denoiser import Denoiser, Estimate
+from jaxdiff.guidance._scale import PairRule, Scale, both_answers, check_scale, scale_at
 
 
-class ClassifierFree(DenoiserMap):
+class ClassifierFree(PairRule):
     """D_null + scale (D_cond - D_null): extrapolate from the unconditional to the conditional.
 
     Kind 1: denoiser to denoiser, stateless. Both evaluations run as one batch of two. A learned
     variance, and what maps inside remember, are those of the conditional branch.
 
+    At scale 1 and 0 this is one of the two laws. At others it is the law that its name promises
+    for Gaussians of one covariance, and in general for no law at all: the guided score is that of
+    p(c | x_t)^scale p(x_t) at each t, and these are not the noised forms of one another.
+
     Args:
         base: a denoiser trained with label dropout.
         null_cond: the condition that means "none", e.g. `num_classes`; broadcast to what it
             replaces, and of a mapping only the entries that it names.
-        scale: 1 is the conditional model, 0 the unconditional one, above 1 guides.
+        scale: 1 is the conditional model, 0 the unconditional one, above 1 guides; a number, or
+            a `ScaleSchedule`.
 
     Raises:
         ValueError: when called, if the condition lacks what `null_cond` replaces.
@@ -39,38 +41,21 @@ class ClassifierFree(DenoiserMap):
 
     base: Denoiser
     null_cond: PyTree
-    scale: Number = number(1.0)
+    scale: Scale = number(1.0)
 
     def __check_init__(self):
-        check_number("scale", self.scale)
-        if self.null_cond is None:
-            raise ValueError(
-                "`null_cond` must be the condition that means none, got None. Pass e.g. the "
-                "number of classes, as in training."
-            )
+        check_scale(self.scale)
 
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; the null condition too."""
-        super().check_cond(cond)
-        super().check_cond(self.null_cond)
-
-    @property
-    def evaluations(self) -> Array | int:
-        """Twice the base denoiser's."""
-        return 2 * self.base.evaluations
+    def combine(self, x: Array, t: Array, given: Array, none: Array) -> Array:
+        """See `PairRule`."""
+        return none + scale_at(self.scale, self.process, t) * (given - none)
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
-        """See `Denoiser`."""
-
-        def branch(null):
-            return self.base.estimate(x, t, null_where(null, cond, self.null_cond), key=key)
-
-        pair = jax.vmap(branch)(jnp.asarray([True, False]))
-        found = jax.tree.map(lambda leaf: leaf[1], pair)
-
-        def guided(both):
-            return None if both is None else both[0] + self.scale * (both[1] - both[0])
-
-        return found.replace(x0=guided(pair.x0), eps=guided(pair.eps))
+        """See `Denoiser`; another noise of the base is guided as x0 is."""
+        given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+        x0 = self.combine(x, t, given.x0, none.x0).astype(x.dtype)
+        if given.eps is None:
+            return given.replace(x0=x0)
+        return given.replace(x0=x0, eps=self.combine(x, t, given.eps, none.eps).astype(x.dtype))

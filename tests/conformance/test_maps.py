@@ -36,25 +36,57 @@ class Weaker(jaxdiff.Denoiser):
         return 0.5 * self.denoiser(x, t, cond, key=key)
 
 
-# Every map, made from a base; and the evaluations it costs on five steps of DDIM.
+def centred(x):
+    return x - jnp.mean(x)
+
+
+def mean(x):
+    return jnp.mean(x) * jnp.ones_like(x)
+
+
+PARTS = tuple(map(jax.tree_util.Partial, (mean, centred)))
+
+# Every map, made from a base; the evaluations it costs on five steps of DDIM, and the calls that
+# these are: branches that run as one batch are one call.
 MAPS = {
-    "Clipped": (lambda base: jaxdiff.Clipped(base, -1.2, 1.2), 5),
-    "DynamicThresholding": (lambda base: jaxdiff.DynamicThresholding(base), 5),
-    "ClassifierFree": (lambda base: guidance.ClassifierFree(base, null_cond=2, scale=2.0), 10),
+    "Clipped": (lambda base: jaxdiff.Clipped(base, -1.2, 1.2), 5, 5),
+    "DynamicThresholding": (lambda base: jaxdiff.DynamicThresholding(base), 5, 5),
+    "ClassifierFree": (lambda base: guidance.ClassifierFree(base, null_cond=2, scale=2.0), 10, 5),
+    "RescaledClassifierFree": (
+        lambda base: guidance.RescaledClassifierFree(base, null_cond=2, scale=2.0), 10, 5,
+    ),
+    "CFGPlusPlus": (lambda base: guidance.CFGPlusPlus(base, null_cond=2), 10, 5),
+    "AdaptiveProjected": (
+        lambda base: guidance.AdaptiveProjected(base, null_cond=2, scale=2.0, radius=0.5), 10, 5,
+    ),
+    "CFGZeroStar": (lambda base: guidance.CFGZeroStar(base, null_cond=2, scale=2.0), 8, 4),
+    "LimitedInterval": (
+        lambda base: guidance.LimitedInterval(base, null_cond=2, scale=3.0, low=0.1, high=2.0),
+        None, None,
+    ),
+    "AdaptiveGuidance": (
+        lambda base: guidance.AdaptiveGuidance(base, null_cond=2, scale=3.0, agreement=0.98),
+        None, None,
+    ),
+    "IndependentCondition": (
+        lambda base: guidance.IndependentCondition(base, guidance.UniformLabel(2), 2.0), 10, 5,
+    ),
+    "Autoguidance": (lambda base: guidance.Autoguidance(base, Weaker(base), 2.0), 10, 10),
+    "Composable": (
+        lambda base: guidance.Composable(base, null_cond=2, count=2, scale=1.5), 15, 5,
+    ),
+    "NegativePrompt": (lambda base: guidance.NegativePrompt(base, 2.0), 10, 5),
+    "Factorized": (lambda base: guidance.Factorized(base, PARTS), 10, 5),
+    "FixedPart": (lambda base: guidance.FixedPart(base, PARTS[0]), 5, 5),
     "EditedBetween": (
         lambda base: geometry.EditedBetween(base, jaxdiff.Clipped(base, -1.2, 1.2), 0.25, 0.75),
-        5,
+        5, 5,
     ),
-    "IndependentCondition": (outside.IndependentCondition, 10),
-    "NoisyCondition": (outside.NoisyCondition, 5),
-    "Latched": (outside.Latched, None),
-    "Momentum": (outside.Momentum, 10),
-    "Interval": (outside.Interval, 7),
-    "CFGPlusPlus": (outside.CFGPlusPlus, 10),
-    "Measured": (outside.Measured, 5),
-    "Autoguidance": (lambda base: outside.Autoguidance(base, Weaker(base)), 10),
-    "Ensemble": (lambda base: outside.Ensemble(base, (Weaker(base), Weaker(base))), 15),
-}
+    "NoisyCondition": (outside.NoisyCondition, 5, 5),
+    "Momentum": (outside.Momentum, 10, 10),
+    "Measured": (outside.Measured, 5, 5),
+    "Ensemble": (lambda base: outside.Ensemble(base, (Weaker(base), Weaker(base))), 15, 15),
+}  # fmt: skip
 each_map = pytest.mark.parametrize("name", MAPS)
 
 
@@ -65,6 +97,15 @@ def cond_of(name, count=COUNT):
         cond["shift"] = rows
     if name == "Measured":
         cond |= {"y": rows, "mask": jnp.ones((count, 2))}
+    if name == "Composable":
+        both = jnp.tile(jnp.arange(2), (count, 1))
+        cond |= {"concepts": both, "weights": jnp.tile(jnp.asarray([1.0, -0.2]), (count, 1))}
+    if name == "NegativePrompt":
+        cond["negative"] = 1 - cond["label"]
+    if name == "Factorized":
+        cond["parts"] = jnp.tile(jnp.arange(2), (count, 1))
+    if name == "FixedPart":
+        cond["y"] = rows
     return cond
 
 
@@ -93,9 +134,10 @@ def test_no_map_is_missing():
         and issubclass(value, jaxdiff.DenoiserMap)
         and not getattr(value, "__abstractvars__", ())
     }
-    # Reads a network's taps, which an oracle has not; tests of its own.
-    public -= {geometry.TimedOffset}
-    assert public <= {type(build(base())) for build, _ in MAPS.values()}
+    # These read a network's taps, which an oracle has not; tests of their own.
+    public -= {geometry.TimedOffset, guidance.TimeStepGuidance, guidance.ConditionAnnealed}
+    public -= {guidance.PerturbedAttention, guidance.SmoothedEnergy, guidance.SelfAttention}
+    assert public <= {type(build(base())) for build, *_ in MAPS.values()}
 
 
 @each_map
@@ -104,7 +146,7 @@ def test_numbers_are_swept_and_evaluations_counted(x64, name):
 
     A sweep by vmap is the loop, and an example by itself is that of a batch.
     """
-    build, expected = MAPS[name]
+    build, expected, called = MAPS[name]
     traces = []
 
     class Traced(Counting):
@@ -117,9 +159,7 @@ def test_numbers_are_swept_and_evaluations_counted(x64, name):
     alone, first = run(name, denoiser, count=1), len(traces)
     jax.effects_barrier()
     if expected is not None:
-        # Both branches of a batch of two are one call.
-        calls = len(counting.calls) * (2 if name == "ClassifierFree" else 1)
-        assert calls == int(alone.nfe[0]) == expected
+        assert (int(alone.nfe[0]), len(counting.calls)) == (expected, called)
     for field in numbers(denoiser):
         for value in (0, 0.75, np.float32(0.75), np.int64(0), jnp.float32(0.75)):
             run(name, dataclasses.replace(denoiser, **{field: value}), count=1)
@@ -192,7 +232,7 @@ def test_taps_are_reached(name):
     denoiser = MAPS[name][0](leaf)
     x, t = jnp.asarray([0.3, -0.2]), jnp.asarray(0.5)
     cond = jax.tree.map(lambda leaf: leaf[0], cond_of(name))
-    step = jaxdiff.Step(t, t / 2, KEY, notes=init_notes(denoiser, x))
+    step = jaxdiff.Step(t, t / 2, KEY, index=jnp.asarray(1), notes=init_notes(denoiser, x))
 
     @jax.jit
     def look(denoiser):
@@ -205,5 +245,6 @@ def test_taps_are_reached(name):
         with pytest.raises(ValueError, match="`Ensemble` defines `__call__` alone.*taps"):
             look(wanted)
         return
-    direct = jax.jit(jaxdiff.reading(leaf, ("block.0",)).estimate)(x, t, cond["label"])
+    seen = jnp.asarray(2) if name == "Composable" else cond["label"]
+    direct = jax.jit(jaxdiff.reading(leaf, ("block.0",)).estimate)(x, t, seen)
     np.testing.assert_allclose(look(wanted).taps["block.0"], direct.taps["block.0"], rtol=1e-5)

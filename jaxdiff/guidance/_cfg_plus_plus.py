@@ -1,0 +1,46 @@
+"""CFG++: guided x0, and the noise of the unconditional branch."""
+
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._tree import number
+from jaxdiff.denoiser import Denoiser, Estimate
+from jaxdiff.guidance._scale import PairRule, Scale, both_answers, check_scale, scale_at
+from jaxdiff.predictions import Eps
+
+
+class CFGPlusPlus(PairRule):
+    """x_s = alpha_s D_guided + sigma_s eps_null, with D_guided = D_null + scale (D_cond - D_null).
+
+    Kind 1, with another noise than that of its x0. A step of DDIM from t to s with it is one of
+    plain guidance at the scale scale / (1 - e^-h), h the step in log(alpha / sigma): it depends
+    on the grid, and grows without bound as steps become small. For solvers that go on with
+    (x0, eps) of one evaluation; 0.6 does about what plain guidance does at 7.5.
+
+    Args:
+        base: a denoiser trained with label dropout.
+        null_cond: as of `ClassifierFree`.
+        scale: in [0, 1]: how far the estimate goes from the unconditional to the conditional one.
+
+    Reference: Chung, Kim, Park, Nam, Ye, "CFG++: Manifold-constrained Classifier Free Guidance for
+    Diffusion Models", 2024, arXiv 2406.08070, algorithm 2.
+    """
+
+    base: Denoiser
+    null_cond: PyTree
+    scale: Scale = number(0.6)
+
+    def __check_init__(self):
+        check_scale(self.scale)
+
+    def combine(self, x: Array, t: Array, given: Array, none: Array) -> Array:
+        """See `PairRule`."""
+        return none + scale_at(self.scale, self.process, t) * (given - none)
+
+    def estimate(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Estimate:
+        """See `Denoiser`."""
+        given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+        eps = Eps().from_x0(self.process, x, t, none.x0) if none.eps is None else none.eps
+        x0 = self.combine(x, t, given.x0, none.x0)
+        return given.replace(x0=x0.astype(x.dtype), eps=eps.astype(x.dtype))

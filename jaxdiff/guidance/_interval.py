@@ -1,0 +1,75 @@
+"""Guidance in an interval of noise levels."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._checks import check_number
+from jaxdiff._tree import Number, number
+from jaxdiff.denoiser import Denoiser, Estimate
+from jaxdiff.guidance._scale import Scale, both_answers, check_null, check_scale, scale_at
+from jaxdiff.stepwise import Stepwise
+
+
+class LimitedInterval(Stepwise):
+    """Classifier-free guidance for sigma / alpha in (low, high], and the conditional model outside.
+
+    Kind 2: decides once a step, by the noise level at which the step begins; the second evaluation
+    is skipped outside, where the grid is shared. Called without a step, it decides by t.
+
+    Args:
+        base: a denoiser trained with label dropout.
+        null_cond: as of `ClassifierFree`.
+        scale: as of `ClassifierFree`.
+        low: lower end, in sigma / alpha, not included.
+        high: upper end, included.
+
+    Reference: Kynkaanniemi, Aittala, Karras, Laine, Aila, Lehtinen, "Applying Guidance in a Limited
+    Interval Improves Sample and Distribution Quality in Diffusion Models", 2024, arXiv 2404.07724,
+    eq. 6; ImageNet-512 is best at scale 2 in (0.19, 1.61]. The choice by step is the code's.
+    """
+
+    base: Denoiser
+    null_cond: PyTree
+    scale: Scale = number(1.0)
+    low: Number = number(0.0)
+    high: Number = number(float("inf"))
+
+    def __check_init__(self):
+        check_null(self.null_cond)
+        check_scale(self.scale)
+        check_number("low", self.low, least=0.0)
+        check_number("high", self.high, least=0.0, finite=False)
+
+    def check_cond(self, cond: PyTree) -> None:
+        """See `Denoiser`; the null condition too."""
+        super().check_cond(cond)
+        super().check_cond(self.null_cond)
+
+    def _inside(self, t: Array) -> Array:
+        level = self.process.sigma(t) / self.process.alpha(t)
+        return (level > self.low) & (level <= self.high)
+
+    @property
+    def evaluations(self) -> Array | int:
+        """Twice the base denoiser's inside the interval, once outside."""
+        if self.bound is None:
+            return 2 * self.base.evaluations
+        return jnp.where(self._inside(self.bound.t), 2, 1) * self.base.evaluations
+
+    def estimate(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Estimate:
+        """See `Denoiser`."""
+
+        def guided():
+            given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+            scale = scale_at(self.scale, self.process, t)
+            x0 = none.x0 + scale * (given.x0 - none.x0)
+            return given.replace(x0=x0.astype(x.dtype))
+
+        def plain():
+            return self.base.estimate(x, t, cond, key=key)
+
+        decided = t if self.bound is None else self.bound.t
+        return jax.lax.cond(self._inside(decided), guided, plain)

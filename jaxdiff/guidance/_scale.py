@@ -1,0 +1,158 @@
+"""How strong guidance is over time, and the two answers that it compares."""
+
+from abc import abstractmethod
+from typing import TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._checks import check_number
+from jaxdiff._tree import Number, number
+from jaxdiff.conditions import null_where
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+from jaxdiff.processes import GaussianProcess
+
+
+class ScaleSchedule(eqx.Module):
+    """A guidance scale that depends on time: a pure function of the process and t."""
+
+    @abstractmethod
+    def __call__(self, process: GaussianProcess, t: Array) -> Array:
+        """The scale at time t, a scalar."""
+
+
+Scale: TypeAlias = Number | ScaleSchedule
+
+
+def scale_at(scale: Scale, process: GaussianProcess, t: Array) -> Number:
+    """The scale at time t, of a number or a schedule."""
+    return scale(process, t) if isinstance(scale, ScaleSchedule) else scale
+
+
+def check_scale(scale: Scale) -> None:
+    """Reject what is neither a number nor a schedule."""
+    if not isinstance(scale, ScaleSchedule):
+        check_number("scale", scale)
+
+
+class LinearScale(ScaleSchedule):
+    """1 + 2 (scale - 1)(1 - t): no guidance in noise, twice the mean guidance at the data.
+
+    Args:
+        scale: mean of the scale over t in [0, 1].
+        least: a lower bound of it.
+
+    Reference: Wang, Dufour, Andreou, Cani, Fernandez Abrevaya, Picard, Kalogeiton, "Analysis of
+    Classifier-Free Guidance Weight Schedulers", 2024, arXiv 2404.13040, section 3; "clamp-linear"
+    with `least`, which is not counted in the mean.
+    """
+
+    scale: Number = number(1.0)
+    least: Number = number(-float("inf"))
+
+    def __check_init__(self):
+        check_number("scale", self.scale)
+        check_number("least", self.least, finite=False)
+
+    def __call__(self, process: GaussianProcess, t: Array) -> Array:
+        """See `ScaleSchedule`."""
+        return jnp.maximum(1 + 2 * (self.scale - 1) * (1 - t), self.least)
+
+
+class CosineScale(ScaleSchedule):
+    """1 + (scale - 1)(1 + cos(pi t)), which has the mean `scale` over t in [0, 1], too.
+
+    Args:
+        scale: mean of the scale.
+        least: a lower bound of it.
+
+    Reference: as of `LinearScale`.
+    """
+
+    scale: Number = number(1.0)
+    least: Number = number(-float("inf"))
+
+    def __check_init__(self):
+        check_number("scale", self.scale)
+        check_number("least", self.least, finite=False)
+
+    def __call__(self, process: GaussianProcess, t: Array) -> Array:
+        """See `ScaleSchedule`."""
+        return jnp.maximum(1 + (self.scale - 1) * (1 + jnp.cos(jnp.pi * t)), self.least)
+
+
+def check_null(null_cond: PyTree) -> None:
+    """Reject a null condition that is none."""
+    if null_cond is None:
+        raise ValueError(
+            "`null_cond` must be the condition that means none, got None. Pass e.g. the "
+            "number of classes, as in training."
+        )
+
+
+class PairRule(DenoiserMap):
+    """Base of the rules on two answers of one denoiser: under its condition, and under none.
+
+    A rule defines `combine`. Both evaluations run as one batch of two. A learned variance, and
+    what maps inside remember, are those of the conditional branch.
+    """
+
+    base: eqx.AbstractVar[Denoiser]
+    null_cond: eqx.AbstractVar[PyTree]
+
+    def __check_init__(self):
+        check_null(self.null_cond)
+
+    def check_cond(self, cond: PyTree) -> None:
+        """See `Denoiser`; the null condition too."""
+        super().check_cond(cond)
+        super().check_cond(self.null_cond)
+
+    @property
+    def evaluations(self) -> Array | int:
+        """Twice the base denoiser's."""
+        return 2 * self.base.evaluations
+
+    @abstractmethod
+    def combine(self, x: Array, t: Array, given: Array, none: Array) -> Array:
+        """The guided x0 of the conditional and the unconditional one, each `(*event)`."""
+
+    def estimate(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Estimate:
+        """See `Denoiser`."""
+        given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+        return given.replace(x0=self.combine(x, t, given.x0, none.x0).astype(x.dtype))
+
+
+def both_answers(
+    base: Denoiser,
+    x: Array,
+    t: Array,
+    cond: PyTree,
+    null_cond: PyTree,
+    key: PRNGKeyArray | None,
+) -> tuple[Estimate, Estimate]:
+    """The estimates under a condition and under another one in its place, by one batch of two."""
+
+    def branch(null):
+        return base.estimate(x, t, null_where(null, cond, null_cond), key=key)
+
+    pair = jax.vmap(branch)(jnp.asarray([False, True]))
+    given, none = (jax.tree.map(lambda leaf, i=i: leaf[i], pair) for i in (0, 1))
+    return given, none
+
+
+def inner(a: Array, b: Array) -> Array:
+    """The inner product of two examples, over all axes, in float32 at least."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.sum(a.astype(wide) * b.astype(wide))
+
+
+def norm(a: Array) -> Array:
+    """The norm of an example, with a derivative of 0 where it is 0."""
+    squared = inner(a, a)
+    there = squared > 0
+    return jnp.where(there, jnp.sqrt(jnp.where(there, squared, 1)), 0)
