@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
@@ -532,7 +532,7 @@ def find_network(denoiser: Denoiser, where: Where | None = None) -> TappedDenois
 
 def edit_taps(
     denoiser: Denoiser,
-    edits: dict[str, Callable[[Array], Array]],
+    edits: Mapping[str, Callable[[Array], Array]],
     where: Where | None = None,
 ) -> Denoiser:
     """The same denoiser with its network's inner activations edited or replaced.
@@ -552,7 +552,7 @@ def edit_taps(
     """
 
     def edit(node: TappedDenoiser) -> TappedDenoiser:
-        return eqx.tree_at(lambda d: d.network, node, EditedNetwork(node.network, edits))
+        return eqx.tree_at(lambda d: d.network, node, EditedNetwork(node.network, dict(edits)))
 
     return at_network(denoiser, edit, where)
 

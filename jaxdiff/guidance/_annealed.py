@@ -1,5 +1,7 @@
 """Condition-annealed sampling: noise on the condition in early steps."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -60,7 +62,8 @@ class ConditionAnnealed(Stepwise):
             )
         clean, none = entries[self.entry], jnp.zeros((), bool)
         if jnp.issubdtype(jnp.result_type(clean), jnp.integer):
-            embedding = find_network(self.base).network.embedding
+            network: Any = find_network(self.base).network
+            embedding = network.embedding
             none = clean == embedding.num_classes
             clean = embedding.classes(clean)
         share = jnp.clip((self.t_high - self.step.t) / (self.t_high - self.t_low), 0, 1)

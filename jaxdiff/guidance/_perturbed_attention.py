@@ -14,7 +14,8 @@ class _Identity(eqx.Module):
     """Every token attends to itself alone."""
 
     def __call__(self, weights: Array) -> Array:
-        return jnp.broadcast_to(jnp.eye(*weights.shape[-2:], dtype=weights.dtype), weights.shape)
+        queries, keys = weights.shape[-2:]
+        return jnp.broadcast_to(jnp.eye(queries, keys, dtype=weights.dtype), weights.shape)
 
 
 class PerturbedAttention(DenoiserMap):

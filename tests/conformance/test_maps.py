@@ -44,6 +44,10 @@ def mean(x):
     return jnp.mean(x) * jnp.ones_like(x)
 
 
+def towards(x, t, y):
+    return -jnp.sum((x - y) ** 2) / 8
+
+
 PARTS = tuple(map(jax.tree_util.Partial, (mean, centred)))
 
 # Every map, made from a base; the evaluations it costs on five steps of DDIM, and the calls that
@@ -72,6 +76,9 @@ MAPS = {
         lambda base: guidance.IndependentCondition(base, guidance.UniformLabel(2), 2.0), 10, 5,
     ),
     "Autoguidance": (lambda base: guidance.Autoguidance(base, Weaker(base), 2.0), 10, 10),
+    "ClassifierGuidance": (
+        lambda base: guidance.ClassifierGuidance(base, jax.tree_util.Partial(towards), 0.3), 5, 5,
+    ),
     "Composable": (
         lambda base: guidance.Composable(base, null_cond=2, count=2, scale=1.5), 15, 5,
     ),
@@ -104,7 +111,7 @@ def cond_of(name, count=COUNT):
         cond["negative"] = 1 - cond["label"]
     if name == "Factorized":
         cond["parts"] = jnp.tile(jnp.arange(2), (count, 1))
-    if name == "FixedPart":
+    if name in ("FixedPart", "ClassifierGuidance"):
         cond["y"] = rows
     return cond
 

@@ -245,6 +245,26 @@ def test_adaptive_guidance_stops_for_good(x64):
     np.testing.assert_array_equal(half.nfe, 2 * 2 + 4)
 
 
+@pytest.mark.parametrize(
+    ("variance", "shares"), [(1.0, (0.053, 0.288, 0.751)), (0.25, (0.025, 0.141, 0.478))]
+)
+def test_what_is_skipped_late_is_missed(x64, variance, shares):
+    """Of the shift of the mean by guidance, what 5, 10 and 15 of 20 steps give; computed apart."""
+    process = processes.Tabulated(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    grid = np.append((np.round(np.linspace(999, 0, 20)) + 1) / 1000, 0.0)
+
+    def mean(steps, scale=4.0):
+        guided = guidance.AdaptiveGuidance(
+            line(variance=variance, process=process), 1, scale, 1.1, skip_after=steps
+        )
+        out = jaxdiff.denoise(KEY, guided, jnp.zeros((1, 1)), cond=jnp.zeros(1, int), times=grid)
+        return out.x[0, 0]
+
+    start, end = mean(0), mean(20)
+    found = [(mean(steps) - start) / (end - start) for steps in (5, 10, 15)]
+    assert_allclose(found, shares, atol=2e-3)
+
+
 def test_skipped_branches_are_not_computed():
     counting = Counting(mixture(processes.VP(), jnp.float32))
     guided = guidance.AdaptiveGuidance(counting, 2, 3.0, agreement=1.1, skip_after=2)
@@ -279,10 +299,34 @@ def test_factors_that_are_independent_are_composed_exactly(x64):
     assert_allclose(low(out.x[0]), low(y[0]), rtol=1e-9)
 
 
+def posterior(laws, x, t, y):
+    return laws.class_log_posterior(x, t)[y]
+
+
+@pytest.mark.parametrize("process", [processes.VP(), processes.EDM(), processes.RectifiedFlow()])
+def test_an_exact_classifier_makes_the_conditional_law(x64, process):
+    """Bayes' rule: scale 1 is the class's own denoiser, and scale w is guidance at w."""
+    x_, t_ = point()
+    laws = mixture(process)
+    log_prob = jax.tree_util.Partial(posterior, laws)
+    guided = guidance.ClassifierGuidance(laws, log_prob)
+    y = {"y": jnp.asarray(1)}
+    assert_allclose(guided(x_, t_, y), laws(x_, t_, 1), rtol=1e-10)
+    more = guidance.ClassifierGuidance(laws, log_prob, 3.5)
+    plain = guidance.ClassifierFree(laws, 2, 3.5)
+    assert_allclose(more(x_, t_, y), plain(x_, t_, 1), rtol=1e-10)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda d, x_, t_: guidance.ClassifierGuidance(
+                d, jax.tree_util.Partial(lambda x, t, y: x)
+            )(x_, t_, {"y": 0}),
+            "`log_prob` must return a scalar of one example, got shape",
+        ),
         (lambda d, x_, t_: guidance.AdaptiveGuidance(d, None), "`null_cond` must be the condition"),
         (lambda d, x_, t_: guidance.LimitedInterval(d, 2, low=-1.0), "`low` must be at least 0"),
         (
@@ -312,6 +356,7 @@ def test_factors_that_are_independent_are_composed_exactly(x64):
     ],
 )
 def test_errors(call, message):
+    """Before any work, and by name."""
     with pytest.raises((ValueError, TypeError), match=message):
         call(mixture(processes.VP(), jnp.float32), *point())
 
