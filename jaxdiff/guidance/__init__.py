@@ -14,8 +14,14 @@ from jaxdiff.guidance._independent import IndependentCondition as IndependentCon
 from jaxdiff.guidance._independent import TimeStepGuidance as TimeStepGuidance
 from jaxdiff.guidance._independent import UniformLabel as UniformLabel
 from jaxdiff.guidance._interval import LimitedInterval as LimitedInterval
+from jaxdiff.guidance._loss import LossGuidance as LossGuidance
+from jaxdiff.guidance._loss import ManifoldPreserving as ManifoldPreserving
+from jaxdiff.guidance._loss import Universal as Universal
 from jaxdiff.guidance._perturbed_attention import PerturbedAttention as PerturbedAttention
+from jaxdiff.guidance._posterior_sampling import DPS as DPS
+from jaxdiff.guidance._posterior_sampling import FreeDoM as FreeDoM
 from jaxdiff.guidance._projected import AdaptiveProjected as AdaptiveProjected
+from jaxdiff.guidance._recurrence import Recurrence as Recurrence
 from jaxdiff.guidance._rescale import RescaledClassifierFree as RescaledClassifierFree
 from jaxdiff.guidance._scale import CosineScale as CosineScale
 from jaxdiff.guidance._scale import LinearScale as LinearScale
@@ -23,4 +29,5 @@ from jaxdiff.guidance._scale import PairRule as PairRule
 from jaxdiff.guidance._scale import ScaleSchedule as ScaleSchedule
 from jaxdiff.guidance._self_attention import SelfAttention as SelfAttention
 from jaxdiff.guidance._smoothed_energy import SmoothedEnergy as SmoothedEnergy
+from jaxdiff.guidance._training_free import TrainingFree as TrainingFree
 from jaxdiff.guidance._zero_star import CFGZeroStar as CFGZeroStar

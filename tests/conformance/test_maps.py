@@ -48,6 +48,10 @@ def towards(x, t, y):
     return -jnp.sum((x - y) ** 2) / 8
 
 
+def close(x0, y):
+    return -jnp.sum((x0 - y) ** 2)
+
+
 PARTS = tuple(map(jax.tree_util.Partial, (mean, centred)))
 
 # Every map, made from a base; the evaluations it costs on five steps of DDIM, and the calls that
@@ -78,6 +82,16 @@ MAPS = {
     "Autoguidance": (lambda base: guidance.Autoguidance(base, Weaker(base), 2.0), 10, 10),
     "ClassifierGuidance": (
         lambda base: guidance.ClassifierGuidance(base, jax.tree_util.Partial(towards), 0.3), 5, 5,
+    ),
+    "LossGuidance": (
+        lambda base: guidance.LossGuidance(base, jax.tree_util.Partial(close), 0.3, draws=2), 5, 5,
+    ),
+    "ManifoldPreserving": (
+        lambda base: guidance.ManifoldPreserving(base, jax.tree_util.Partial(close), 0.3), 5, 5,
+    ),
+    "Universal": (
+        lambda base: guidance.Universal(base, jax.tree_util.Partial(close), 0.3, iterations=2),
+        5, 5,
     ),
     "Composable": (
         lambda base: guidance.Composable(base, null_cond=2, count=2, scale=1.5), 15, 5,
@@ -111,7 +125,9 @@ def cond_of(name, count=COUNT):
         cond["negative"] = 1 - cond["label"]
     if name == "Factorized":
         cond["parts"] = jnp.tile(jnp.arange(2), (count, 1))
-    if name in ("FixedPart", "ClassifierGuidance"):
+    if name in (
+        *("FixedPart", "ClassifierGuidance", "LossGuidance", "ManifoldPreserving", "Universal"),
+    ):
         cond["y"] = rows
     return cond
 
