@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 import runpy
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def test_file_runs(path, capsys):
     runpy.run_path(str(path))
     assert capsys.readouterr().out
     assert len(path.read_text().splitlines()) < 85
+
+
+@pytest.mark.parametrize("name", ["guidance", "finetuning"])
+def test_pages_run(name, capsys, tmp_path, monkeypatch):
+    """Their Python, from top to bottom; other pages need a run or a data set."""
+    monkeypatch.chdir(tmp_path)
+    text = (FILES[0].parent.parent / f"{name}.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, f"{name}.md", "exec"), {"__name__": "__main__"})
+    capsys.readouterr()
 
 
 def test_there_is_one_for_each_kind_and_the_page_shows_them():
