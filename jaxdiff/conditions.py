@@ -133,7 +133,8 @@ def null_where(drop: Array, cond: PyTree, null_cond: PyTree) -> PyTree:
             are broadcast to what they replace; entries that it does not name stay.
 
     Raises:
-        ValueError: for a null entry that the condition does not have.
+        ValueError: for a null entry that the condition does not have, or a class that means none
+            where the condition is a vector.
     """
     entries, nulls = as_entries(cond), as_entries(null_cond)
     if missing := sorted(set(nulls) - set(entries)):
@@ -150,6 +151,12 @@ def null_where(drop: Array, cond: PyTree, null_cond: PyTree) -> PyTree:
                 f"{jnp.result_type(null)}. A class that means none is a number of its own, such as "
                 "the number of classes."
             )
+        if kinds == [True, False] and jnp.ndim(value) > jnp.ndim(null) and _nonzero(null):
+            raise ValueError(
+                f"`null_cond` must be a vector, or 0, where the condition is one, got {null} for "
+                f"{jnp.result_type(value)} of shape {jnp.shape(value)}. A class became its "
+                "embedding, perhaps: put the map that embeds it inside of guidance."
+            )
         null = jnp.broadcast_to(jnp.asarray(null, jnp.result_type(value)), jnp.shape(value))
         return jnp.where(drop, null, value)
 
@@ -161,6 +168,10 @@ def null_where(drop: Array, cond: PyTree, null_cond: PyTree) -> PyTree:
         chosen = map(choose, by_leaf, jax.tree.leaves(value))
         entries[name] = jax.tree.unflatten(structure, list(chosen))
     return from_entries(entries)
+
+
+def _nonzero(value: Any) -> bool:
+    return is_known(value) and bool(np.any(np.asarray(value) != 0))
 
 
 def _structure(tree: PyTree) -> Any:

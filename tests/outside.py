@@ -45,6 +45,36 @@ class NoisyCondition(jaxdiff.Stepwise):
         return found.replace(x0=(found.x0 + shift).astype(x.dtype))
 
 
+class Latched(jaxdiff.Stepwise):
+    """Adaptive guidance (arXiv 2312.12487): once the branches agree, the conditional one alone."""
+
+    base: jaxdiff.Denoiser
+    null_cond: int = eqx.field(static=True, default=2)
+    scale: jaxdiff.Number = jaxdiff.number(3.0)
+    agreement: jaxdiff.Number = jaxdiff.number(0.98)
+
+    def init_memory(self, x):
+        return jnp.zeros((), bool)
+
+    @property
+    def evaluations(self):
+        if self.bound is None:
+            return 2 * self.base.evaluations
+        return jnp.where(self.bound.memory, 1, 2) * self.base.evaluations
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        latched = self.step.memory
+        found = self.base.estimate(x, t, cond, key=key)
+
+        def guide():
+            null = self.base.estimate(x, t, null_where(True, cond, self.null_cond), key=key).x0
+            cosine = jnp.sum(found.x0 * null) / (jnp.linalg.norm(found.x0) * jnp.linalg.norm(null))
+            return null + self.scale * (found.x0 - null), cosine > self.agreement
+
+        x0, agree = jax.lax.cond(latched, lambda: (found.x0, latched), guide)
+        return self.remember(found.replace(x0=x0), latched | agree)
+
+
 class Momentum(jaxdiff.Stepwise):
     """SLD's momentum (arXiv 2211.05105): guidance plus a running mean of the guidance so far."""
 
@@ -69,6 +99,50 @@ class Momentum(jaxdiff.Stepwise):
         return self.remember(found.replace(x0=null + push), mean.astype(x.dtype))
 
 
+class Interval(jaxdiff.Stepwise):
+    """Guidance in an interval of times (arXiv 2404.07724), decided by the step's time."""
+
+    base: jaxdiff.Denoiser
+    null_cond: int = eqx.field(static=True, default=2)
+    scale: jaxdiff.Number = jaxdiff.number(3.0)
+    t_low: jaxdiff.Number = jaxdiff.number(0.2)
+    t_high: jaxdiff.Number = jaxdiff.number(0.7)
+
+    def inside(self):
+        return (self.step.t >= self.t_low) & (self.step.t <= self.t_high)
+
+    @property
+    def evaluations(self):
+        return jnp.where(self.inside(), 2, 1) * self.base.evaluations
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        found = self.base.estimate(x, t, cond, key=key)
+
+        def guide():
+            null = self.base.estimate(x, t, null_where(True, cond, self.null_cond), key=key).x0
+            return null + self.scale * (found.x0 - null)
+
+        return found.replace(x0=jax.lax.cond(self.inside(), guide, lambda: found.x0))
+
+
+class CFGPlusPlus(jaxdiff.DenoiserMap):
+    """CFG++ (arXiv 2406.08070): guided x0, and the noise of the unconditional branch."""
+
+    base: jaxdiff.Denoiser
+    null_cond: int = eqx.field(static=True, default=2)
+    scale: jaxdiff.Number = jaxdiff.number(0.6)
+
+    @property
+    def evaluations(self):
+        return 2 * self.base.evaluations
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        found = self.base.estimate(x, t, cond, key=key)
+        null = self.base.estimate(x, t, null_where(True, cond, self.null_cond), key=key).x0
+        eps = (x - self.process.alpha(t) * null) / self.process.sigma(t)
+        return found.replace(x0=null + self.scale * (found.x0 - null), eps=eps.astype(x.dtype))
+
+
 class Measured(jaxdiff.DenoiserMap):
     """E[x0 | x_t, y] of unit normal data and a measurement y = mask x0 + std n of each example."""
 
@@ -82,6 +156,20 @@ class Measured(jaxdiff.DenoiserMap):
         variance = sigma**2 / (alpha**2 + sigma**2)
         gain = mask * variance / (variance + self.std**2)
         return found.replace(x0=(found.x0 + gain * (y - found.x0)).astype(x.dtype))
+
+
+class Autoguidance(jaxdiff.DenoiserMap):
+    """Away from a weaker network (arXiv 2406.02507)."""
+
+    base: jaxdiff.Denoiser
+    weak: jaxdiff.Denoiser
+    scale: jaxdiff.Number = jaxdiff.number(2.0)
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        found = self.base.estimate(x, t, cond, key=key)
+        weak = self.weak.estimate(x, t, cond, key=key)
+        notes = {**found.notes, **weak.notes}
+        return found.replace(x0=weak.x0 + self.scale * (found.x0 - weak.x0), notes=notes)
 
 
 class Ensemble(jaxdiff.DenoiserMap):

@@ -19,7 +19,8 @@ class ConditionAnnealed(Stepwise):
 
     Kind 2: draws once a step. The noisy condition is moved back to the mean and the standard
     deviation that c has over its numbers, as far as `mix` says. A class becomes the network's own
-    embedding of it; the class that means none stays as it is. Put guidance around it.
+    embedding of it; the class that means none stays as it is. Put guidance around it, and not
+    inside.
 
     Args:
         base: a conditional denoiser.

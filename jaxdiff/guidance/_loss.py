@@ -27,8 +27,8 @@ class LossGuidance(Stepwise):
     Kind 2: draws once a step; data of the example: the entry "y" of its condition. What is wanted
     is averaged over a normal law about D that stands for p(x0 | x_t). For a linear measurement
     and Gaussian noise the mean over infinitely many draws is J^T A^T (r^2 A A^T + S)^-1 (y - A D),
-    which is exact where r^2 is the posterior's variance. As many draws as the data are wide are
-    few: the largest of f decides. `TrainingFree` with smoothing r and
+    which is exact where r^2 is the posterior's variance. In many dimensions the largest of f
+    decides, whatever the number of draws. `TrainingFree` with smoothing r and
     rho = scale sigma_t^2 (1 - e^-h), h the step in log(alpha / sigma), is the same under DDIM.
 
     Args:

@@ -155,5 +155,8 @@ def test_errors(base, point):
     without = jaxdiff.NetworkDenoiser(flat, processes.Cosine())
     with pytest.raises(ValueError, match="which has none, got 'mid.attn'"):
         guidance.PerturbedAttention(without)(jnp.zeros(2), point[1])
+    inside = guidance.ConditionAnnealed(guidance.ClassifierFree(base, null_cond=3))
+    with pytest.raises(ValueError, match="`null_cond` must be a vector, or 0"):
+        bound(inside, point[1])(*point)
     with pytest.raises(ValueError, match="`cond` must have the entry 'label'"):
         bound(guidance.ConditionAnnealed(base), point[1])(*point[:2])
