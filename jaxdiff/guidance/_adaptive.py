@@ -37,8 +37,7 @@ class AdaptiveGuidance(Stepwise):
         skip_after: the first step without guidance, whatever the cosine; None for no such step.
 
     Reference: Castillo, Kohler, Perez, Perez, Pumarola, Ghanem, Arbelaez, Thabet, "Adaptive
-    Guidance: Training-free Acceleration of Conditional Diffusion Models", 2023, arXiv 2312.12487,
-    section 4.
+    Guidance: Training-free Acceleration of Conditional Diffusion Models", 2023, arXiv 2312.12487.
     """
 
     base: Denoiser

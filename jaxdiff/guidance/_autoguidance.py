@@ -20,7 +20,7 @@ class Autoguidance(DenoiserMap):
         scale: 1 is the model; the paper's is about 2.
 
     Reference: Karras, Aittala, Kynkaanniemi, Lehtinen, Aila, Laine, "Guiding a Diffusion Model with
-    a Bad Version of Itself", 2024, arXiv 2406.02507, eq. 5.
+    a Bad Version of Itself", 2024, arXiv 2406.02507.
     """
 
     base: Denoiser

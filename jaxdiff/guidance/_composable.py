@@ -28,7 +28,7 @@ class Composable(DenoiserMap):
         scale: on all weights.
 
     Reference: Liu, Li, Du, Torralba, Tenenbaum, "Compositional Visual Generation with Composable
-    Diffusion Models", 2022, arXiv 2206.01714, eqs. 11 and 14.
+    Diffusion Models", 2022, arXiv 2206.01714.
     """
 
     base: Denoiser
@@ -95,7 +95,7 @@ class NegativePrompt(DenoiserMap):
 
     Reference: the practice of text-to-image users; e.g. Ban, Wang, Zhou, Cheng, Gong, Hsieh,
     "Understanding the Impact of Negative Prompts: When and How Do They Take Effect?", 2024, arXiv
-    2406.02965, eq. 3.
+    2406.02965.
     """
 
     base: Denoiser

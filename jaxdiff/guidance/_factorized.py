@@ -24,7 +24,7 @@ class Factorized(DenoiserMap):
             restored.
 
     Reference: Geng, Park, Owens, "Factorized Diffusion: Perceptual Illusions by Noise
-    Decomposition", 2024, arXiv 2404.11615, eq. 3; in x0, which is the same for parts that add up
+    Decomposition", 2024, arXiv 2404.11615; in x0, which is the same for parts that add up
     to the identity.
     """
 
@@ -84,7 +84,7 @@ class FixedPart(DenoiserMap):
         base: any denoiser.
         part: P, a linear projection of an example, such as its low frequencies.
 
-    Reference: as of `Factorized`, section 3.5; there the noisy part is put in place at every step,
+    Reference: as of `Factorized`; there the noisy part is put in place at every step,
     here the estimate of it, which DDIM takes to the same image.
     """
 

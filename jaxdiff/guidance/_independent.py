@@ -43,7 +43,7 @@ class IndependentCondition(Stepwise):
         scale: as of `ClassifierFree`.
 
     Reference: Sadat, Kansy, Hilliges, Weber, "No Training, No Problem: Rethinking Classifier-Free
-    Guidance for Diffusion Models", 2024, arXiv 2407.02687, section 4.1.
+    Guidance for Diffusion Models", 2024, arXiv 2407.02687.
     """
 
     base: Denoiser
@@ -95,7 +95,7 @@ class TimeStepGuidance(Stepwise):
     Raises:
         TypeError: if there is no network inside.
 
-    Reference: as of `IndependentCondition`, section 4.2.
+    Reference: as of `IndependentCondition`.
     """
 
     base: Denoiser

@@ -25,8 +25,8 @@ class LimitedInterval(Stepwise):
         high: upper end, included.
 
     Reference: Kynkaanniemi, Aittala, Karras, Laine, Aila, Lehtinen, "Applying Guidance in a Limited
-    Interval Improves Sample and Distribution Quality in Diffusion Models", 2024, arXiv 2404.07724,
-    eq. 6; ImageNet-512 is best at scale 2 in (0.19, 1.61]. The choice by step is the code's.
+    Interval Improves Sample and Distribution Quality in Diffusion Models", 2024, arXiv 2404.07724.
+    ImageNet-512 is best at scale 2 in (0.19, 1.61]. The choice by step is the code's.
     """
 
     base: Denoiser

@@ -43,7 +43,7 @@ class LossGuidance(Stepwise):
         ValueError: when called, without "y", or for a log_prob that is no scalar.
 
     Reference: Song, Zhang, Yin, Mardani, Liu, Kautz, Chen, Vahdat, "Loss-Guided Diffusion Models
-    for Plug-and-Play Controllable Generation", 2023, eq. 11 and section 3.2.
+    for Plug-and-Play Controllable Generation", 2023.
     """
 
     base: Denoiser
@@ -99,7 +99,7 @@ class ManifoldPreserving(DenoiserMap):
         ValueError: when called, without "y", or for a log_prob that is no scalar.
 
     Reference: He, Murata, Lai, Takida, Uesaka, Kim, Liao, Mitsufuji, Kolter, Salakhutdinov, Ermon,
-    "Manifold Preserving Guided Diffusion", 2023, arXiv 2311.16424, algorithms 1 and 2.
+    "Manifold Preserving Guided Diffusion", 2023, arXiv 2311.16424.
     """
 
     base: Denoiser
@@ -148,7 +148,7 @@ class Universal(DenoiserMap):
         ValueError: when called, without "y", or for a log_prob that is no scalar.
 
     Reference: Bansal, Chu, Schwarzschild, Sengupta, Goldblum, Geiping, Goldstein, "Universal
-    Guidance for Diffusion Models", 2023, arXiv 2302.07121, eqs. 6 to 9.
+    Guidance for Diffusion Models", 2023, arXiv 2302.07121, sections 3.1 and 3.2.
     """
 
     base: Denoiser

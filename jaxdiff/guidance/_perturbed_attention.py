@@ -34,7 +34,7 @@ class PerturbedAttention(DenoiserMap):
         ValueError: when called, for layers that the network does not have.
 
     Reference: Ahn, Cho, Min, Jang, Kim, Kim, Park, Jin, Kim, "Self-Rectifying Diffusion Sampling
-    with Perturbed-Attention Guidance", 2024, arXiv 2403.17377, eqs. 13 and 14.
+    with Perturbed-Attention Guidance", 2024, arXiv 2403.17377.
     """
 
     base: Denoiser

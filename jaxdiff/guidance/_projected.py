@@ -31,7 +31,7 @@ class AdaptiveProjected(Stepwise):
         parallel: weight of the part along D_cond; 1 keeps it.
 
     Reference: Sadat, Hilliges, Weber, "Eliminating Oversaturation and Artifacts of High Guidance
-    Scales in Diffusion Models", 2024, arXiv 2410.02416, algorithm 1. The radius there is a norm.
+    Scales in Diffusion Models", 2024, arXiv 2410.02416. The radius there is a norm.
     """
 
     base: Denoiser

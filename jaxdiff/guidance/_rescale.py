@@ -26,7 +26,7 @@ class RescaledClassifierFree(PairRule):
         prediction: in which it is rescaled, which matters: the paper's networks predict v.
 
     Reference: Lin, Liu, Li, Yang, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
-    2023, arXiv 2305.08891, section 3.4, eqs. 14 to 16.
+    2023, arXiv 2305.08891, section 3.4.
     """
 
     base: Denoiser

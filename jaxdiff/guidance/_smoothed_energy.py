@@ -41,7 +41,7 @@ class SmoothedEnergy(DenoiserMap):
             grid.
 
     Reference: Hong, "Smoothed Energy Guidance: Guiding Diffusion Models with Reduced Energy
-    Curvature of Attention", 2024, arXiv 2408.00760, section 4.
+    Curvature of Attention", 2024, arXiv 2408.00760.
     """
 
     base: Denoiser

@@ -83,6 +83,9 @@ MAPS = {
     "ClassifierGuidance": (
         lambda base: guidance.ClassifierGuidance(base, jax.tree_util.Partial(towards), 0.3), 5, 5,
     ),
+    "EventGuidance": (
+        lambda base: guidance.EventGuidance(base, jax.tree_util.Partial(centred), std=0.5), 5, 5,
+    ),
     "LossGuidance": (
         lambda base: guidance.LossGuidance(base, jax.tree_util.Partial(close), 0.3, draws=2), 5, 5,
     ),
@@ -125,9 +128,8 @@ def cond_of(name, count=COUNT):
         cond["negative"] = 1 - cond["label"]
     if name == "Factorized":
         cond["parts"] = jnp.tile(jnp.arange(2), (count, 1))
-    if name in (
-        *("FixedPart", "ClassifierGuidance", "LossGuidance", "ManifoldPreserving", "Universal"),
-    ):
+    wanting = ("ClassifierGuidance", "EventGuidance", "LossGuidance", "ManifoldPreserving")
+    if name in ("FixedPart", "Universal", *wanting):
         cond["y"] = rows
     return cond
 
