@@ -18,6 +18,7 @@ from jaxdiff.guidance._interval import LimitedInterval as LimitedInterval
 from jaxdiff.guidance._loss import LossGuidance as LossGuidance
 from jaxdiff.guidance._loss import ManifoldPreserving as ManifoldPreserving
 from jaxdiff.guidance._loss import Universal as Universal
+from jaxdiff.guidance._particle import ParticleGuidance as ParticleGuidance
 from jaxdiff.guidance._perturbed_attention import PerturbedAttention as PerturbedAttention
 from jaxdiff.guidance._posterior_sampling import DPS as DPS
 from jaxdiff.guidance._posterior_sampling import FreeDoM as FreeDoM
@@ -30,5 +31,6 @@ from jaxdiff.guidance._scale import PairRule as PairRule
 from jaxdiff.guidance._scale import ScaleSchedule as ScaleSchedule
 from jaxdiff.guidance._self_attention import SelfAttention as SelfAttention
 from jaxdiff.guidance._smoothed_energy import SmoothedEnergy as SmoothedEnergy
+from jaxdiff.guidance._svdd import SVDD as SVDD
 from jaxdiff.guidance._training_free import TrainingFree as TrainingFree
 from jaxdiff.guidance._zero_star import CFGZeroStar as CFGZeroStar

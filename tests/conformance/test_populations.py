@@ -12,12 +12,12 @@ import pytest
 from cases import mixture
 
 import jaxdiff
-from jaxdiff import processes, solvers
+from jaxdiff import guidance, processes, solvers
 
 KEY = jax.random.key(0)
 # Every population, and its base.
 POPULATIONS = {
-    "ParticleGuidance": outside.ParticleGuidance,
+    "ParticleGuidance": guidance.ParticleGuidance,
     "Resampled": outside.Resampled,
 }
 each_population = pytest.mark.parametrize("name", POPULATIONS)
@@ -36,7 +36,8 @@ def run(denoiser, solver, count=8, **options):
 def test_no_population_is_missing():
     public = {
         value
-        for value in vars(solvers).values()
+        for module in (solvers, guidance)
+        for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, solvers.PopulationSolver)
         and not inspect.isabstract(value)

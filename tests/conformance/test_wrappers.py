@@ -70,8 +70,8 @@ def test_no_wrapper_is_missing():
         and issubclass(value, solvers.SolverWrapper)
         and not inspect.isabstract(value)
     }
-    # These ask for data of the example, which no base takes; tests of their own.
-    public -= {guidance.TrainingFree, guidance.DPS, guidance.FreeDoM}
+    # These ask for data of the example, or for a base that draws; tests of their own.
+    public -= {guidance.TrainingFree, guidance.DPS, guidance.FreeDoM, guidance.SVDD}
     assert public <= {type(build(solvers.DDIM())) for build, _, _ in WRAPPERS.values()}
 
 

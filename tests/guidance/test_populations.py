@@ -1,0 +1,98 @@
+"""Several states at once: the best of them, and populations that keep apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import gaussian, mixture
+from numpy.testing import assert_allclose
+
+import jaxdiff
+from jaxdiff import guidance, oracles, processes, solvers
+
+KEY = jax.random.key(0)
+SLOPE = np.array([1.0, -0.5])
+
+
+def reward(x0):
+    return jnp.vdot(jnp.asarray(SLOPE, x0.dtype), x0)
+
+
+REWARD = jax.tree_util.Partial(reward)
+
+
+def plane():
+    covariance = jnp.asarray([[1.0, 0.3], [0.3, 0.5]])
+    return oracles.gaussian(processes.VP(), jnp.zeros(2), covariance), np.asarray(covariance)
+
+
+def test_a_linear_reward_tilts_a_gaussian(x64):
+    """N(C b / temperature, C) as the number of children grows; nearer with more of them."""
+    laws, covariance = plane()
+    run = lambda count: np.asarray(
+        jaxdiff.sample(
+            KEY, laws, (2,), 3000, solver=guidance.SVDD(count=count, reward=REWARD), times=60
+        ).x
+    )
+    expected = covariance @ SLOPE
+    few, x = run(2), run(32)
+    errors = [np.abs(found.mean(0) - expected).max() for found in (few, x)]
+    assert errors[1] < 0.2 < errors[0] and errors[1] < errors[0] / 3
+    # A linear tilt moves a chain of Gaussians, and leaves its covariance.
+    plain = jaxdiff.sample(KEY, laws, (2,), 3000, solver=solvers.Ancestral(), times=60).x
+    assert_allclose(np.cov(x.T), np.cov(np.asarray(plain).T), atol=0.08)
+
+
+def test_the_best_of_several_and_of_one():
+    laws, _ = plane()
+    solver = guidance.SVDD(count=4, temperature=0.0, reward=REWARD)
+    best = jaxdiff.sample(KEY, laws, (2,), 200, solver=solver, times=10)
+    assert best.nfe[0] == 10 * 5
+    plain = jaxdiff.sample(KEY, laws, (2,), 200, solver=solvers.Ancestral(), times=10)
+    assert jax.vmap(reward)(best.x).mean() > jax.vmap(reward)(plain.x).mean() + 1
+    one = jaxdiff.sample(
+        KEY, laws, (2,), 4000, solver=guidance.SVDD(count=1, reward=REWARD), times=40
+    )
+    assert abs(float(jax.vmap(reward)(one.x).mean())) < 0.1  # no choice, no tilt
+
+
+def test_particles_keep_apart(x64):
+    laws = gaussian(processes.VP())
+    run = lambda solver, **options: (
+        jaxdiff.sample(KEY, laws, (3,), 8, solver=solver, times=6, **options).x
+    )
+    plain = run(solvers.DDIM())
+    for still in (
+        guidance.ParticleGuidance(size=4, strength=0.0),
+        guidance.ParticleGuidance(size=1, strength=9.0),
+        guidance.ParticleGuidance(size=4, strength=9.0, least=1e9),
+    ):
+        assert_allclose(run(still), plain, rtol=1e-9)
+
+    def spread(x):
+        return np.mean(
+            [np.linalg.norm(a - b) for g in np.split(np.asarray(x), 2) for a in g for b in g]
+        )
+
+    pushed = guidance.ParticleGuidance(size=4, strength=0.5)
+    assert spread(run(pushed)) > 1.05 * spread(plain)
+    named = guidance.ParticleGuidance(
+        size=4, strength=0.5, features=jax.tree_util.Partial(jnp.ravel)
+    )
+    assert spread(run(named)) > 1.05 * spread(plain)
+    # Forces add up to 0, and follow the particles.
+    x = jax.random.normal(KEY, (4, 3))
+    force = jax.grad(pushed.potential)
+    assert_allclose(force(x).sum(0), 0, atol=1e-12)
+    order = jnp.asarray([2, 0, 3, 1])
+    assert_allclose(force(x[order]), force(x)[order], rtol=1e-9)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors():
+    laws = mixture(processes.VP(), jnp.float32)
+    with pytest.raises(ValueError, match="`base` of SVDD must draw its steps, got DDIM"):
+        guidance.SVDD(solvers.DDIM(), reward=REWARD)
+    with pytest.raises(ValueError, match="`reward` must return a floating scalar"):
+        solver = guidance.SVDD(reward=jax.tree_util.Partial(lambda x0: x0))
+        jaxdiff.sample(KEY, laws, (2,), 1, solver=solver, times=2)
