@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PROCESSES, gaussian
+from flax import nnx
 
 import jaxdiff
 from jaxdiff import (
@@ -17,6 +18,7 @@ from jaxdiff import (
     guidance,
     losses,
     metrics,
+    networks,
     oracles,
     predictions,
     processes,
@@ -30,7 +32,16 @@ MODULES = (
 )  # fmt: skip
 # What fields without a default are given.
 REQUIRED = {
-    "base": lambda: gaussian(processes.VP(), 2),
+    # A network, because some maps look into it.
+    "base": lambda: jaxdiff.NetworkDenoiser(
+        networks.MLP(2, hidden=8, num_blocks=1, rngs=nnx.Rngs(0)), processes.VP()
+    ),
+    "weak": lambda: gaussian(processes.VP(), 2),
+    "count": lambda: 2,
+    **dict.fromkeys(
+        ("log_prob", "operator", "energy", "reward", "function", "draw"),
+        lambda: jax.tree_util.Partial(jnp.sum),
+    ),
     "denoiser": lambda: gaussian(processes.VP(), 2),
     "edited": lambda: gaussian(processes.VP(), 2),
     "null_cond": lambda: 0,
