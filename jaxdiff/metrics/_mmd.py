@@ -4,23 +4,15 @@ Every sum over pairs is a mean of means by rows, of kernel values less a constan
 MMD: what cancels then is of the size of the spread of the values, and not of the values.
 """
 
-from abc import abstractmethod
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 from jaxdiff._checks import check_count, check_key, check_kind
-from jaxdiff._tree import batched, dots, is_known
-from jaxdiff.metrics._kernels import FiniteKernel, Kernel, Polynomial
-from jaxdiff.metrics._pair import feature_pair, features
-
-# Rows that tell by which constant kernel values are moved; any constant is right.
-_SHIFT_ROWS = 256
+from jaxdiff._tree import dots, is_known
+from jaxdiff.metrics._gram import Rows, one_hot, rows_of, shift_of
+from jaxdiff.metrics._kernels import Kernel, Polynomial
+from jaxdiff.metrics._pair import feature_pair
 
 
 def mmd2_unbiased(
@@ -68,9 +60,9 @@ def mmd2_unbiased(
     x, y = feature_pair(x, y, minimum=2)
     if paired and len(x) != len(y):
         raise ValueError(f"`paired` needs as many of `x` as of `y`, got {len(x)} and {len(y)}.")
-    shift = _shift(kernel, x, y)
-    xx, yy = (_rows(kernel, a, a, shift, block_size, same=True) for a in (x, y))
-    xy = _rows(kernel, x, y, shift, block_size, same=paired)
+    shift = shift_of(kernel, x, y)
+    xx, yy = (rows_of(kernel, a, a, shift, block_size, same=True) for a in (x, y))
+    xy = rows_of(kernel, x, y, shift, block_size, same=paired)
     return jnp.mean(xx.mean) + jnp.mean(yy.mean) - 2 * jnp.mean(xy.mean)
 
 
@@ -102,9 +94,9 @@ def mmd2_biased(
     """
     check_kind("kernel", kernel, Kernel, "Polynomial()")
     x, y = feature_pair(x, y, minimum=1)
-    shift = _shift(kernel, x, y)
-    xx, yy = (_rows(kernel, a, a, shift, block_size, own=True).mean for a in (x, y))
-    xy = _rows(kernel, x, y, shift, block_size).mean
+    shift = shift_of(kernel, x, y)
+    xx, yy = (rows_of(kernel, a, a, shift, block_size, own=True).mean for a in (x, y))
+    xy = rows_of(kernel, x, y, shift, block_size).mean
     return jnp.mean(xx) + jnp.mean(yy) - 2 * jnp.mean(xy)
 
 
@@ -141,9 +133,9 @@ def mmd2_variance(
     """
     check_kind("kernel", kernel, Kernel, "Polynomial()")
     x, y = feature_pair(x, y, minimum=4)
-    shift = _shift(kernel, x, y)
-    xx, yy = (_rows(kernel, a, a, shift, block_size, same=True) for a in (x, y))
-    xy, yx = (_rows(kernel, a, b, shift, block_size) for a, b in ((x, y), (y, x)))
+    shift = shift_of(kernel, x, y)
+    xx, yy = (rows_of(kernel, a, a, shift, block_size, same=True) for a in (x, y))
+    xy, yx = (rows_of(kernel, a, b, shift, block_size) for a, b in ((x, y), (y, x)))
     n, m = len(x), len(y)
 
     # Products of expectations, each from samples that the other has not seen: no term is biased.
@@ -291,8 +283,8 @@ def conditional_mmd2(
     check_count("num_classes", num_classes)
     x, y = feature_pair(x, y, minimum=2)
     a, b = (
-        _one_hot("x_labels", x_labels, x, num_classes),
-        _one_hot("y_labels", y_labels, y, num_classes),
+        one_hot("x_labels", x_labels, x, num_classes),
+        one_hot("y_labels", y_labels, y, num_classes),
     )
     n, m = a.sum(0), b.sum(0)
     counted = (n >= 2) & (m >= 2)
@@ -300,7 +292,7 @@ def conditional_mmd2(
         raise ValueError(
             "`x_labels` and `y_labels` must have a class with two samples on both sides, got none."
         )
-    shift = _shift(kernel, x, y)
+    shift = shift_of(kernel, x, y)
     n, m = (
         jnp.where(counted, count, 2) for count in (n, m)
     )  # of those that count, no division by 0
@@ -316,319 +308,12 @@ def conditional_mmd2(
     return mean, jnp.where(counted, jax.lax.stop_gradient(each), jnp.nan)
 
 
-class Embedding(eqx.Module):
-    """What a kernel sees of a law that does not change: E_y k(., y), and E k(y, y').
-
-    Attributes:
-        kernel: the kernel.
-        norm: E k(y, y') of the law, y and y' independent.
-    """
-
-    kernel: eqx.AbstractVar[Kernel]
-    if TYPE_CHECKING:  # a field or a property
-
-        @property
-        def norm(self) -> Scalar:
-            """E k(y, y')."""
-            ...
-
-    else:
-        norm: eqx.AbstractVar[Scalar]
-
-    @abstractmethod
-    def above(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
-        """E_y k(x_i, y) - norm for each row of x."""
-
-
-class SampleEmbedding(Embedding):
-    """The law that gives every one of m examples the same weight, for any kernel.
-
-    Attributes:
-        kernel: the kernel.
-        rows: the examples, `(m, d)`.
-        norm: the mean of k over all pairs, an example with itself among them.
-    """
-
-    kernel: Kernel
-    rows: Array
-    norm: Scalar  # type: ignore[misc]
-
-    def above(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
-        """See `Embedding`; memory is that of the Gram matrix between x and the examples."""
-        x = _of_dimension(x, self.rows.shape[1])
-        return _rows(self.kernel, x, self.rows, self.norm, None).mean
-
-
-class MeanEmbedding(Embedding):
-    """What a `FiniteKernel` sees of a law: exact for a whole data set, at any size.
-
-    Attributes:
-        kernel: the kernel.
-        moments: means over the law.
-        count: of the examples they were taken over.
-        dimension: of the examples.
-    """
-
-    kernel: FiniteKernel
-    moments: PyTree
-    count: Array
-    dimension: int = eqx.field(static=True)
-
-    def __call__(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
-        """E_y k(x_i, y) for each row of x."""
-        return self.kernel.against(_of_dimension(x, self.dimension), self.moments)
-
-    @property
-    def norm(self) -> Scalar:
-        """See `Embedding`."""
-        return self.kernel.product(self.moments, self.moments)
-
-    def above(self, x: Float[Array, "n *event"]) -> Float[Array, "n"]:
-        """See `Embedding`."""
-        return self(x) - self.norm
-
-    def merge(self, other: "MeanEmbedding") -> "MeanEmbedding":
-        """That of both sets of examples together."""
-        count = self.count + other.count
-
-        def mean(a, b):
-            return a + (b - a) * (other.count / count).astype(a.dtype)
-
-        moments = jax.tree.map(mean, self.moments, other.moments)
-        return MeanEmbedding(self.kernel, moments, count, self.dimension)
-
-
-def mean_embedding(
-    y: Array | Iterable[Array],
-    kernel: FiniteKernel = Polynomial(2),
-) -> MeanEmbedding:
-    """The mean embedding of a data set, for `mmd2_to_embedding`: a reference without noise.
-
-    Args:
-        y: (m, *event) samples or features; or batches of them, of which one is in memory at a
-            time.
-        kernel: a kernel of finitely many features: `Polynomial`, with d^degree numbers, or
-            `RandomFeatures`.
-
-    Returns:
-        The embedding, a pytree.
-
-    Raises:
-        TypeError: for another kernel.
-        ValueError: for no examples.
-    """
-    check_kind("kernel", kernel, FiniteKernel, "Polynomial(2)")
-    batches: Any = [y] if hasattr(y, "shape") else y
-    total = None
-    for batch in batches:
-        rows = features("y", batch)
-        count = jnp.asarray(float(len(rows)))
-        found = MeanEmbedding(kernel, kernel.moments(rows), count, rows.shape[1])
-        total = found if total is None else total.merge(found)
-    if total is None:
-        raise ValueError("`y` must hold one batch at least, got none.")
-    return total
-
-
-def sample_embedding(
-    y: Float[Array, "m *event"], kernel: Kernel = Polynomial(), *, block_size: int | None = 256
-) -> SampleEmbedding:
-    """The embedding of m examples themselves, for `mmd2_to_embedding` with any kernel.
-
-    What is computed once: the mean of k over their m^2 pairs. A few thousand examples stand for a
-    data set of any size, because their noise is that of m, and not of the n samples beside them.
-
-    Args:
-        y: (m, *event) samples or features.
-        kernel: any.
-        block_size: rows of the Gram matrix in memory at a time; None for all.
-
-    Returns:
-        The embedding, a pytree that holds the examples.
-
-    Raises:
-        ValueError: for no examples.
-    """
-    check_kind("kernel", kernel, Kernel, "Polynomial()")
-    rows = features("y", y)
-    shift = _shift(kernel, rows, rows)
-    norm = shift + jnp.mean(_rows(kernel, rows, rows, shift, block_size, own=True).mean)
-    return SampleEmbedding(kernel, rows, norm)
-
-
-def mmd2_to_embedding(
-    x: Float[Array, "n *event"], embedding: Embedding, *, biased: bool = False
-) -> Scalar:
-    """Squared MMD of samples to a law of which the kernel's mean embedding is known.
-
-    mean_{i != j} k(x_i, x_j) - 2 mean_i E_y k(x_i, y) + E k(y, y'): unbiased, and only x is noise.
-
-    Args:
-        x: (n, *event), n >= 2.
-        embedding: of the data, from `mean_embedding` or `sample_embedding`.
-        biased: of the law of the n samples themselves instead, i = j included.
-
-    Returns:
-        The squared MMD, a scalar.
-
-    Raises:
-        ValueError: as `mmd2_unbiased`.
-    """
-    check_kind("embedding", embedding, Embedding, "sample_embedding(y)")
-    x = features("x", x, minimum=2)
-    rows = _rows(embedding.kernel, x, x, embedding.norm, None, same=not biased, own=biased).mean
-    return jnp.mean(rows) - 2 * jnp.mean(embedding.above(x))
-
-
-class ClassEmbedding(eqx.Module):
-    """The law of every class by itself, that of m examples with labels, for any kernel.
-
-    Attributes:
-        kernel: the kernel.
-        rows: the examples, `(m, d)`.
-        shares: `(m, num_classes)`, of an example in its class: 1 / its size, and 0 in others.
-        norms: `(num_classes, num_classes)`, mean of k - shift between two classes.
-        shift: what is taken from every kernel value, and changes no MMD.
-    """
-
-    kernel: Kernel
-    rows: Array
-    shares: Array
-    norms: Array
-    shift: Scalar
-
-    def above(self, x: Float[Array, "n *event"]) -> Float[Array, "n classes"]:
-        """E_y k(x_i, y) - shift for each row of x and y of each class."""
-        x = _of_dimension(x, self.rows.shape[1])
-        return dots(self.kernel(x, self.rows) - self.shift, self.shares)
-
-
-def class_embedding(
-    y: Float[Array, "m *event"],
-    labels: Int[Array, "m"],
-    kernel: Kernel = Polynomial(),
-    *,
-    num_classes: int,
-    block_size: int = 256,
-) -> ClassEmbedding:
-    """The embeddings of m examples class by class, for `mmd2_to_classes`.
-
-    Args:
-        y: (m, *event) samples or features.
-        labels: (m,) their classes.
-        kernel: any.
-        num_classes: how many there are; each must have an example.
-        block_size: examples that are compared with all at a time.
-
-    Returns:
-        The embedding, a pytree that holds the examples.
-
-    Raises:
-        ValueError: for no examples, or a class without any.
-    """
-    check_kind("kernel", kernel, Kernel, "Polynomial()")
-    rows = features("y", y)
-    hot = _one_hot("labels", labels, rows, check_count("num_classes", num_classes))
-    sizes = jnp.sum(hot, 0)
-    if is_known(sizes) and not np.all(np.asarray(sizes) > 0):
-        missing = int(np.argmin(np.asarray(sizes)))
-        raise ValueError(f"`labels` must have every class, got none of class {missing}.")
-    shares, shift = hot / sizes, _shift(kernel, rows, rows)
-
-    def row(u):
-        return dots(kernel(u[None], rows)[0] - shift, shares)
-
-    norms = dots(shares.T, batched(row, block_size)(rows))
-    return ClassEmbedding(kernel, rows, shares, norms, shift)
-
-
-def mmd2_to_classes(
-    x: Float[Array, "n *event"], labels: Int[Array, "n"], embedding: ClassEmbedding
-) -> Scalar:
-    """Squared MMD of samples to data in the proportions of the samples' own classes.
-
-    mean_{i != j} [k(x_i, x_j) - 2 E_{y of class c_j} k(x_i, y) + E k(y of c_i, y' of c_j)]: what
-    `mmd2_unbiased(paired=True)` is on average over real examples of the same classes, so that it
-    has no noise from the data, and none from how many samples of each class there are.
-
-    Args:
-        x: (n, *event), n >= 2.
-        labels: (n,) classes of the samples.
-        embedding: of the data, from `class_embedding`.
-
-    Returns:
-        The squared MMD, a scalar; unbiased, if labels are drawn independently.
-
-    Raises:
-        ValueError: for another dimension or number of labels.
-    """
-    check_kind("embedding", embedding, ClassEmbedding, "class_embedding(y, labels)")
-    x = features("x", x, minimum=2)
-    n, (num_classes, _) = len(x), embedding.norms.shape
-    hot = _one_hot("labels", labels, x, num_classes)
-    # Of the other samples, the number in each class.
-    others = (jnp.sum(hot, 0) - hot) / (n - 1)
-    own = _rows(embedding.kernel, x, x, embedding.shift, None, same=True).mean
-    across = jnp.sum(embedding.above(x) * others, 1)
-    norms = jnp.sum(dots(hot, embedding.norms) * others, 1)
-    return jnp.mean(own) - 2 * jnp.mean(across) + jnp.mean(norms)
-
-
-def _of_dimension(x: Array, dimension: int) -> Array:
-    """x as (n, d), of the dimension of an embedding."""
-    x = features("x", x)
-    if x.shape[1] != dimension:
-        raise ValueError(
-            f"`x` must have the dimension of the embedding's examples, {dimension}, got "
-            f"{x.shape[1]}. Take both from the same features."
-        )
-    return x
-
-
-class _Rows(NamedTuple):
-    """Of a Gram matrix, by row: the mean, and the mean square."""
-
-    mean: Array
-    square: Array
-
-
-def _rows(
-    kernel: Kernel,
-    x: Array,
-    y: Array,
-    shift: Array,
-    block_size: int | None,
-    same: bool = False,
-    own: bool = False,
-) -> _Rows:
-    """Means over the columns of k(x_i, y_j) - shift.
-
-    Without j = i where that is the `same` one; where y_i is x_i, its `own`, with k(x_i, x_i) to
-    the last digit, which a distance of 0 would not be among others.
-    """
-    count = len(y) - same
-
-    def row(i, u):
-        values = kernel(u[None], y)[0] - shift
-        if own:
-            itself = kernel(u[None], u[None])[0, 0] - shift
-            values = jnp.where(jnp.arange(len(y)) == i, itself, values)
-        if same:
-            values = jnp.where(jnp.arange(len(y)) == i, 0, values)
-        return jnp.sum(values) / count, jnp.sum(values**2) / count
-
-    if block_size is not None:
-        check_count("block_size", block_size)
-        row = jax.checkpoint(row)  # type: ignore[assignment]
-    return _Rows(*batched(row, block_size)(jnp.arange(len(x)), x))
-
-
-def _product(rows: _Rows, count: int) -> Array:
+def _product(rows: Rows, count: int) -> Array:
     """Unbiased E k(x_i, y) k(x_i, y') for each row, with y and y' different."""
     return (count * rows.mean**2 - rows.square) / (count - 1)
 
 
-def _squared_mean(rows: _Rows, columns: _Rows | None = None) -> Scalar:
+def _squared_mean(rows: Rows, columns: Rows | None = None) -> Scalar:
     """Unbiased (E k)^2: the mean of k(x_i, y_j) k(x_k, y_l) with all of them different.
 
     Without columns, of one sample against itself.
@@ -643,22 +328,3 @@ def _squared_mean(rows: _Rows, columns: _Rows | None = None) -> Scalar:
     left = (m * total) ** 2 - m**2 * jnp.sum(rows.mean**2)
     left += m * squares - n**2 * jnp.sum(columns.mean**2)
     return left / (n * (n - 1) * m * (m - 1))
-
-
-def _shift(kernel: Kernel, x: Array, y: Array) -> Array:
-    return jax.lax.stop_gradient(jnp.mean(kernel(x[:_SHIFT_ROWS], y[:_SHIFT_ROWS])))
-
-
-def _one_hot(argument: str, labels: ArrayLike, x: Array, num_classes: int) -> Array:
-    labels = jnp.asarray(labels)
-    if labels.shape != x.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"`{argument}` must be integers of shape {x.shape[:1]}, one for each sample, got "
-            f"{labels.dtype} of shape {labels.shape}."
-        )
-    if is_known(labels):
-        # In NumPy, because JAX would trace even a constant inside jit.
-        low, high = np.min(np.asarray(labels)), np.max(np.asarray(labels))
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"`{argument}` must lie in [0, {num_classes}), got {low} to {high}.")
-    return jax.nn.one_hot(labels, num_classes, dtype=x.dtype)
