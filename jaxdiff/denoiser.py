@@ -360,6 +360,8 @@ class DenoiserMap(Denoiser):
 
     base: eqx.AbstractVar[Denoiser]
 
+    # Entries of the condition that the map takes for itself, which the denoisers inside do not see.
+    takes: ClassVar[tuple[str, ...]] = ()
     # Fields that hold the network which edits of taps are meant for.
     same_network: ClassVar[tuple[str, ...]] = ("base",)
 
@@ -373,6 +375,9 @@ class DenoiserMap(Denoiser):
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`: what the denoisers inside check."""
+        if self.takes:
+            entries = as_entries(cond)
+            cond = from_entries({k: v for k, v in entries.items() if k not in self.takes})
         for child in self.children:
             child.check_cond(cond)
 

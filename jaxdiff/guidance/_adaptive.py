@@ -10,8 +10,7 @@ from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, Estimate
 from jaxdiff.guidance._scale import (
     Scale,
-    both_answers,
-    check_null,
+    WithNull,
     check_scale,
     inner,
     norm,
@@ -21,7 +20,7 @@ from jaxdiff.predictions import Eps
 from jaxdiff.stepwise import Stepwise, index_of
 
 
-class AdaptiveGuidance(Stepwise):
+class AdaptiveGuidance(Stepwise, WithNull):
     """Classifier-free guidance until eps_cond and eps_null point the same way, then D_cond alone.
 
     Kind 2: remembers, for each example, whether its cosine has reached `agreement`; from the next
@@ -47,16 +46,10 @@ class AdaptiveGuidance(Stepwise):
     skip_after: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        check_null(self.null_cond)
         check_scale(self.scale)
         check_number("agreement", self.agreement)
         if self.skip_after is not None:
             check_count("skip_after", self.skip_after, least=0)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; the null condition too."""
-        super().check_cond(cond)
-        super().check_cond(self.null_cond)
 
     @property
     def evaluations(self) -> Array | int:
@@ -86,7 +79,7 @@ class AdaptiveGuidance(Stepwise):
             return self.base.estimate(x, t, cond, key=key), latched
 
         def guided():
-            given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+            given, none = self.both(x, t, cond, key)
             eps = [Eps().from_x0(self.process, x, t, found.x0) for found in (given, none)]
             length = norm(eps[0]) * norm(eps[1])
             cosine = inner(*eps) / jnp.where(length > 0, length, 1)

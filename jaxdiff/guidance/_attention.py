@@ -1,10 +1,14 @@
-"""What guidance by attention shares: which layers, and their grids of tokens."""
+"""What guidance by attention shares: away from the network whose attention is made worse."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
-from jaxtyping import Array, PyTree
+import equinox as eqx
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff.denoiser import Denoiser, find_network
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, edit_taps, find_network
+from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 from jaxdiff.taps import tap_names
 
 
@@ -49,3 +53,41 @@ def grid_of(tokens: int, shape: tuple[int, ...]) -> tuple[int, int]:
             f"got {tokens} tokens."
         )
     return rows, tokens // rows
+
+
+class AgainstEdited(DenoiserMap):
+    """Base: D + scale (D - D'), with D' of the network whose chosen attentions are edited.
+
+    A guidance defines `part`, which of the attention's taps is edited, and `edit`, how.
+    """
+
+    base: eqx.AbstractVar[Denoiser]
+    scale: eqx.AbstractVar[Scale]
+    layers: eqx.AbstractVar[tuple[str, ...]]
+
+    part: ClassVar[str]
+
+    def __check_init__(self):
+        find_network(self.base)
+        check_scale(self.scale)
+        check_layers(self.layers)
+
+    @abstractmethod
+    def edit(self, x: Array) -> Callable[[Array], Array]:
+        """What is done to the tap, for an example like x."""
+
+    @property
+    def evaluations(self) -> Array | int:
+        """Twice the base denoiser's."""
+        return 2 * self.base.evaluations
+
+    def estimate(
+        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Estimate:
+        """See `Denoiser`."""
+        check_attention(self.base, self.layers, self.part, x, t, cond)
+        found = self.base.estimate(x, t, cond, key=key)
+        edits = {f"{layer}.{self.part}": self.edit(x) for layer in self.layers}
+        other = edit_taps(self.base, edits).estimate(x, t, cond, key=key)
+        x0 = found.x0 + scale_at(self.scale, self.process, t) * (found.x0 - other.x0)
+        return found.replace(x0=x0.astype(x.dtype))

@@ -3,12 +3,13 @@
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
-from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import PairRule, Scale, both_answers, check_scale, scale_at
+from jaxdiff.denoiser import Estimate
+from jaxdiff.guidance._classifier_free import ClassifierFree
+from jaxdiff.guidance._scale import Scale
 from jaxdiff.predictions import Eps
 
 
-class CFGPlusPlus(PairRule):
+class CFGPlusPlus(ClassifierFree):
     """x_s = alpha_s D_guided + sigma_s eps_null, with D_guided = D_null + scale (D_cond - D_null).
 
     Kind 1, with another noise than that of its x0. A step of DDIM from t to s with it is one of
@@ -25,22 +26,13 @@ class CFGPlusPlus(PairRule):
     Diffusion Models", 2024, arXiv 2406.08070, algorithm 2.
     """
 
-    base: Denoiser
-    null_cond: PyTree
     scale: Scale = number(0.6)
-
-    def __check_init__(self):
-        check_scale(self.scale)
-
-    def combine(self, x: Array, t: Array, given: Array, none: Array) -> Array:
-        """See `PairRule`."""
-        return none + scale_at(self.scale, self.process, t) * (given - none)
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
         """See `Denoiser`."""
-        given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+        given, none = self.both(x, t, cond, key)
         eps = Eps().from_x0(self.process, x, t, none.x0) if none.eps is None else none.eps
         x0 = self.combine(x, t, given.x0, none.x0)
         return given.replace(x0=x0.astype(x.dtype), eps=eps.astype(x.dtype))

@@ -1,6 +1,7 @@
 """Classifier guidance: the gradient of a classifier of noisy examples."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable
 from jaxdiff._tree import number
-from jaxdiff.conditions import as_entries, from_entries, take
+from jaxdiff.conditions import take
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
 from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 
@@ -38,14 +39,11 @@ class ClassifierGuidance(DenoiserMap):
     log_prob: Callable[[Array, Array, PyTree], Array]
     scale: Scale = number(1.0)
 
+    takes: ClassVar[tuple[str, ...]] = ("y",)
+
     def __check_init__(self):
         check_callable("log_prob", self.log_prob, "jax.tree_util.Partial(function, classifier)")
         check_scale(self.scale)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; of what the network sees."""
-        entries = {name: value for name, value in as_entries(cond).items() if name != "y"}
-        super().check_cond(from_entries(entries))
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None

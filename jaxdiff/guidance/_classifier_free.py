@@ -4,7 +4,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import PairRule, Scale, both_answers, check_scale, scale_at
+from jaxdiff.guidance._scale import PairRule, Scale, check_scale, scale_at
 
 
 class ClassifierFree(PairRule):
@@ -54,7 +54,7 @@ class ClassifierFree(PairRule):
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
         """See `Denoiser`; another noise of the base is guided as x0 is."""
-        given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+        given, none = self.both(x, t, cond, key)
         x0 = self.combine(x, t, given.x0, none.x0).astype(x.dtype)
         if given.eps is None:
             return given.replace(x0=x0)

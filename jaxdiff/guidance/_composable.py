@@ -1,5 +1,7 @@
 """Several conditions at once: conjunction, negation, and one condition in place of none."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,10 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._tree import number
 from jaxdiff.conditions import as_entries, from_entries, null_where, take
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
-from jaxdiff.guidance._scale import Scale, both_answers, check_null, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale, WithNull, both_answers, check_scale, scale_at
 
 
-class Composable(DenoiserMap):
+class Composable(WithNull):
     """D_null + scale sum_i w_i (D_i - D_null): several conditions of one example together.
 
     Kind 1, with data of the example: its condition has the entries "concepts", conditions of the
@@ -37,16 +39,15 @@ class Composable(DenoiserMap):
     scale: Scale = number(1.0)
 
     def __check_init__(self):
-        check_null(self.null_cond)
         check_scale(self.scale)
+
+    takes: ClassVar[tuple[str, ...]] = ("concepts", "weights")
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`: every concept, and the null condition."""
         entries = as_entries(cond)
-        rest = {k: v for k, v in entries.items() if k not in ("concepts", "weights")}
-        if "concepts" in entries:
-            super().check_cond(from_entries({**rest, **as_entries(entries["concepts"])}))
-        super().check_cond(self.null_cond)
+        concepts = as_entries(entries.get("concepts"))
+        super().check_cond(from_entries({**entries, **concepts}))
 
     @property
     def evaluations(self) -> Array | int:

@@ -1,6 +1,7 @@
 """Events of one's own, with the covariance that the denoiser's Jacobian gives."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
-from jaxdiff.conditions import as_entries, from_entries, take
+from jaxdiff.conditions import take
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
 from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 
@@ -50,15 +51,12 @@ class EventGuidance(DenoiserMap):
     std: Number = number(0.0)
     scale: Scale = number(1.0)
 
+    takes: ClassVar[tuple[str, ...]] = ("y",)
+
     def __check_init__(self):
         check_callable("function", self.function, "jax.tree_util.Partial(function, weights)")
         check_number("std", self.std, least=0.0)
         check_scale(self.scale)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; of what the network sees."""
-        entries = {name: value for name, value in as_entries(cond).items() if name != "y"}
-        super().check_cond(from_entries(entries))
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None

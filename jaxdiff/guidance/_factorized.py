@@ -1,6 +1,7 @@
 """Factorized diffusion: one condition for each part of an image."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,10 @@ class FixedPart(DenoiserMap):
     base: Denoiser
     part: Callable[[Array], Array]
 
+    takes: ClassVar[tuple[str, ...]] = ("y",)
+
     def __check_init__(self):
         check_callable("part", self.part, "jax.tree_util.Partial(low_pass)")
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; of the network's part of the condition."""
-        entries = {name: value for name, value in as_entries(cond).items() if name != "y"}
-        super().check_cond(from_entries(entries))
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None

@@ -7,11 +7,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import Scale, both_answers, check_null, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale, WithNull, check_scale, scale_at
 from jaxdiff.stepwise import Stepwise
 
 
-class LimitedInterval(Stepwise):
+class LimitedInterval(Stepwise, WithNull):
     """Classifier-free guidance for sigma / alpha in (low, high], and the conditional model outside.
 
     Kind 2: decides once a step, by the noise level at which the step begins; the second evaluation
@@ -36,15 +36,9 @@ class LimitedInterval(Stepwise):
     high: Number = number(float("inf"))
 
     def __check_init__(self):
-        check_null(self.null_cond)
         check_scale(self.scale)
         check_number("low", self.low, least=0.0)
         check_number("high", self.high, least=0.0, finite=False)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; the null condition too."""
-        super().check_cond(cond)
-        super().check_cond(self.null_cond)
 
     def _inside(self, t: Array) -> Array:
         level = self.process.sigma(t) / self.process.alpha(t)
@@ -63,7 +57,7 @@ class LimitedInterval(Stepwise):
         """See `Denoiser`."""
 
         def guided():
-            given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+            given, none = self.both(x, t, cond, key)
             scale = scale_at(self.scale, self.process, t)
             x0 = none.x0 + scale * (given.x0 - none.x0)
             return given.replace(x0=x0.astype(x.dtype))

@@ -1,6 +1,7 @@
 """Guidance by losses of clean examples, as maps of denoisers."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -9,16 +10,12 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_count, check_number
 from jaxdiff._tree import Number, number
-from jaxdiff.conditions import as_entries, from_entries, take
+from jaxdiff.conditions import take
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
 from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 from jaxdiff.guidance._training_free import check_scalar, smoothed
 from jaxdiff.predictions import Eps
 from jaxdiff.stepwise import Stepwise
-
-
-def _without_y(cond: PyTree) -> PyTree:
-    return from_entries({name: v for name, v in as_entries(cond).items() if name != "y"})
 
 
 class LossGuidance(Stepwise):
@@ -52,15 +49,13 @@ class LossGuidance(Stepwise):
     draws: int = eqx.field(static=True, default=10)
     width: Number = number(1.0)
 
+    takes: ClassVar[tuple[str, ...]] = ("y",)
+
     def __check_init__(self):
         check_callable("log_prob", self.log_prob, "jax.tree_util.Partial(function, weights)")
         check_scale(self.scale)
         check_count("draws", self.draws)
         check_number("width", self.width, least=0.0)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; of what the network sees."""
-        super().check_cond(_without_y(cond))
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
@@ -107,13 +102,11 @@ class ManifoldPreserving(DenoiserMap):
     scale: Scale = number(1.0)
     project: Callable[[Array], Array] | None = None
 
+    takes: ClassVar[tuple[str, ...]] = ("y",)
+
     def __check_init__(self):
         check_callable("log_prob", self.log_prob, "jax.tree_util.Partial(function, weights)")
         check_scale(self.scale)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; of what the network sees."""
-        super().check_cond(_without_y(cond))
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
@@ -157,15 +150,13 @@ class Universal(DenoiserMap):
     rate: Number = number(0.1)
     iterations: int = eqx.field(static=True, default=0)
 
+    takes: ClassVar[tuple[str, ...]] = ("y",)
+
     def __check_init__(self):
         check_callable("log_prob", self.log_prob, "jax.tree_util.Partial(function, weights)")
         check_scale(self.scale)
         check_number("rate", self.rate)
         check_count("iterations", self.iterations, least=0)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; of what the network sees."""
-        super().check_cond(_without_y(cond))
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None

@@ -1,13 +1,15 @@
 """Perturbed-attention guidance."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array
 
 from jaxdiff._tree import number
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, edit_taps, find_network
-from jaxdiff.guidance._attention import check_attention, check_layers
-from jaxdiff.guidance._scale import Scale, check_scale, scale_at
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.guidance._attention import AgainstEdited
+from jaxdiff.guidance._scale import Scale
 
 
 class _Identity(eqx.Module):
@@ -18,7 +20,7 @@ class _Identity(eqx.Module):
         return jnp.broadcast_to(jnp.eye(queries, keys, dtype=weights.dtype), weights.shape)
 
 
-class PerturbedAttention(DenoiserMap):
+class PerturbedAttention(AgainstEdited):
     """D + scale (D - D'), with D' of the network whose chosen attention maps are the identity.
 
     Kind 1, through taps. Needs no condition and no training; with classifier-free guidance, put
@@ -41,23 +43,8 @@ class PerturbedAttention(DenoiserMap):
     scale: Scale = number(3.0)
     layers: tuple[str, ...] = eqx.field(static=True, default=("mid.attn",))
 
-    def __check_init__(self):
-        find_network(self.base)
-        check_scale(self.scale)
-        check_layers(self.layers)
+    part: ClassVar[str] = "weights"
 
-    @property
-    def evaluations(self) -> Array | int:
-        """Twice the base denoiser's."""
-        return 2 * self.base.evaluations
-
-    def estimate(
-        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Estimate:
-        """See `Denoiser`."""
-        check_attention(self.base, self.layers, "weights", x, t, cond)
-        found = self.base.estimate(x, t, cond, key=key)
-        edits = {f"{layer}.weights": _Identity() for layer in self.layers}
-        other = edit_taps(self.base, edits).estimate(x, t, cond, key=key)
-        x0 = found.x0 + scale_at(self.scale, self.process, t) * (found.x0 - other.x0)
-        return found.replace(x0=x0.astype(x.dtype))
+    def edit(self, x: Array) -> _Identity:
+        """See `AgainstEdited`."""
+        return _Identity()

@@ -6,12 +6,12 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import Scale, both_answers, check_null, check_scale, inner, norm
+from jaxdiff.guidance._scale import Scale, WithNull, check_scale, inner, norm
 from jaxdiff.guidance._scale import scale_at as at
 from jaxdiff.stepwise import Stepwise
 
 
-class AdaptiveProjected(Stepwise):
+class AdaptiveProjected(Stepwise, WithNull):
     """D_cond + (scale - 1)(z_perp + parallel z_par): the guidance that does not saturate.
 
     Kind 2: remembers its direction from step to step. z = (D_cond - D_null) + momentum z_before,
@@ -42,21 +42,10 @@ class AdaptiveProjected(Stepwise):
     parallel: Number = number(0.0)
 
     def __check_init__(self):
-        check_null(self.null_cond)
         check_scale(self.scale)
         check_number("momentum", self.momentum, below=1.0)
         check_number("radius", self.radius, least=0.0, finite=False)
         check_number("parallel", self.parallel)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; the null condition too."""
-        super().check_cond(cond)
-        super().check_cond(self.null_cond)
-
-    @property
-    def evaluations(self) -> Array | int:
-        """Twice the base denoiser's."""
-        return 2 * self.base.evaluations
 
     def init_memory(self, x: Array) -> Array:
         """The direction so far: none."""
@@ -66,7 +55,7 @@ class AdaptiveProjected(Stepwise):
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
         """See `Denoiser`."""
-        given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+        given, none = self.both(x, t, cond, key)
         z = given.x0 - none.x0 + self.momentum * self.step.memory
         length = norm(z) / x.size**0.5
         there = length > self.radius

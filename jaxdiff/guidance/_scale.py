@@ -83,27 +83,18 @@ class CosineScale(ScaleSchedule):
         return jnp.maximum(1 + (self.scale - 1) * (1 + jnp.cos(jnp.pi * t)), self.least)
 
 
-def check_null(null_cond: PyTree) -> None:
-    """Reject a null condition that is none."""
-    if null_cond is None:
-        raise ValueError(
-            "`null_cond` must be the condition that means none, got None. Pass e.g. the "
-            "number of classes, as in training."
-        )
-
-
-class PairRule(DenoiserMap):
-    """Base of the rules on two answers of one denoiser: under its condition, and under none.
-
-    A rule defines `combine`. Both evaluations run as one batch of two. A learned variance, and
-    what maps inside remember, are those of the conditional branch.
-    """
+class WithNull(DenoiserMap):
+    """Base of the maps that look at one denoiser under its condition, and under none."""
 
     base: eqx.AbstractVar[Denoiser]
     null_cond: eqx.AbstractVar[PyTree]
 
     def __check_init__(self):
-        check_null(self.null_cond)
+        if self.null_cond is None:
+            raise ValueError(
+                "`null_cond` must be the condition that means none, got None. Pass e.g. the "
+                "number of classes, as in training."
+            )
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`; the null condition too."""
@@ -115,6 +106,20 @@ class PairRule(DenoiserMap):
         """Twice the base denoiser's."""
         return 2 * self.base.evaluations
 
+    def both(
+        self, x: Array, t: Array, cond: PyTree, key: PRNGKeyArray | None
+    ) -> tuple[Estimate, Estimate]:
+        """The estimates under the condition and under none, by one batch of two."""
+        return both_answers(self.base, x, t, cond, self.null_cond, key)
+
+
+class PairRule(WithNull):
+    """Base of the rules on two answers of one denoiser: under its condition, and under none.
+
+    A rule defines `combine`. Both evaluations run as one batch of two. A learned variance, and
+    what maps inside remember, are those of the conditional branch.
+    """
+
     @abstractmethod
     def combine(self, x: Array, t: Array, given: Array, none: Array) -> Array:
         """The guided x0 of the conditional and the unconditional one, each `(*event)`."""
@@ -123,7 +128,7 @@ class PairRule(DenoiserMap):
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
         """See `Denoiser`."""
-        given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+        given, none = self.both(x, t, cond, key)
         return given.replace(x0=self.combine(x, t, given.x0, none.x0).astype(x.dtype))
 
 

@@ -1,15 +1,17 @@
 """Smoothed-energy guidance."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array
 
 from jaxdiff._checks import check_number
 from jaxdiff._tree import Number, number
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, edit_taps, find_network
-from jaxdiff.guidance._attention import check_attention, check_layers, grid_of
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.guidance._attention import AgainstEdited, grid_of
 from jaxdiff.guidance._blur import blur
-from jaxdiff.guidance._scale import Scale, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale
 
 
 class _Blurred(eqx.Module):
@@ -23,7 +25,7 @@ class _Blurred(eqx.Module):
         return blur(q.reshape(*grid, -1), self.width).reshape(q.shape)
 
 
-class SmoothedEnergy(DenoiserMap):
+class SmoothedEnergy(AgainstEdited):
     """D + scale (D - D'), with D' of the network whose queries are blurred over the tokens' grid.
 
     Kind 1, through taps. A blur of the queries is one of the attention's logits, whose energy it
@@ -49,25 +51,11 @@ class SmoothedEnergy(DenoiserMap):
     width: Number = number(float("inf"))
     layers: tuple[str, ...] = eqx.field(static=True, default=("mid.attn",))
 
+    part: ClassVar[str] = "q"
+
     def __check_init__(self):
-        find_network(self.base)
-        check_scale(self.scale)
         check_number("width", self.width, least=0.0, finite=False)
-        check_layers(self.layers)
 
-    @property
-    def evaluations(self) -> Array | int:
-        """Twice the base denoiser's."""
-        return 2 * self.base.evaluations
-
-    def estimate(
-        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Estimate:
-        """See `Denoiser`."""
-        check_attention(self.base, self.layers, "q", x, t, cond)
-        found = self.base.estimate(x, t, cond, key=key)
-        width = jnp.asarray(self.width)
-        edits = {f"{layer}.q": _Blurred(width, x.shape) for layer in self.layers}
-        other = edit_taps(self.base, edits).estimate(x, t, cond, key=key)
-        x0 = found.x0 + scale_at(self.scale, self.process, t) * (found.x0 - other.x0)
-        return found.replace(x0=x0.astype(x.dtype))
+    def edit(self, x: Array) -> _Blurred:
+        """See `AgainstEdited`."""
+        return _Blurred(jnp.asarray(self.width), x.shape)

@@ -8,11 +8,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_count
 from jaxdiff._tree import number
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import Scale, both_answers, check_null, check_scale, inner, scale_at
+from jaxdiff.guidance._scale import Scale, WithNull, check_scale, inner, scale_at
 from jaxdiff.stepwise import Stepwise, index_of, kept_notes
 
 
-class CFGZeroStar(Stepwise):
+class CFGZeroStar(Stepwise, WithNull):
     """v = s v_null + scale (v_cond - s v_null), s = <v_cond, v_null> / |v_null|^2; v = 0 at first.
 
     Kind 2: decides by the number of the step. v = D - eps is the velocity of rectified flow, to
@@ -38,14 +38,8 @@ class CFGZeroStar(Stepwise):
     zero_steps: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        check_null(self.null_cond)
         check_scale(self.scale)
         check_count("zero_steps", self.zero_steps, least=0)
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `Denoiser`; the null condition too."""
-        super().check_cond(cond)
-        super().check_cond(self.null_cond)
 
     @property
     def evaluations(self) -> Array | int:
@@ -65,7 +59,7 @@ class CFGZeroStar(Stepwise):
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
 
         def guided():
-            given, none = both_answers(self.base, x, t, cond, self.null_cond, key)
+            given, none = self.both(x, t, cond, key)
             # D - eps = ((alpha + sigma) D - x) / sigma.
             v_given, v_none = (((alpha + sigma) * x0 - x) / sigma for x0 in (given.x0, none.x0))
             size = inner(v_none, v_none)
