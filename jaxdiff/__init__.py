@@ -47,6 +47,7 @@ from jaxdiff.denoiser import TimeLabel as TimeLabel
 from jaxdiff.denoiser import edit_taps as edit_taps
 from jaxdiff.denoiser import find_network as find_network
 from jaxdiff.denoiser import reading as reading
+from jaxdiff.energy import EnergyDenoiser as EnergyDenoiser
 from jaxdiff.flow_map import FlowMap as FlowMap
 from jaxdiff.likelihood import LogLikelihood as LogLikelihood
 from jaxdiff.likelihood import bits_per_dim as bits_per_dim

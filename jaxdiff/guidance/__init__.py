@@ -8,6 +8,10 @@ from jaxdiff.guidance._classifier import ClassifierGuidance as ClassifierGuidanc
 from jaxdiff.guidance._classifier_free import ClassifierFree as ClassifierFree
 from jaxdiff.guidance._composable import Composable as Composable
 from jaxdiff.guidance._composable import NegativePrompt as NegativePrompt
+from jaxdiff.guidance._compositions import Conditioned as Conditioned
+from jaxdiff.guidance._compositions import Mixture as Mixture
+from jaxdiff.guidance._compositions import Product as Product
+from jaxdiff.guidance._corrected import Corrected as Corrected
 from jaxdiff.guidance._event import EventGuidance as EventGuidance
 from jaxdiff.guidance._factorized import Factorized as Factorized
 from jaxdiff.guidance._factorized import FixedPart as FixedPart
@@ -18,6 +22,13 @@ from jaxdiff.guidance._interval import LimitedInterval as LimitedInterval
 from jaxdiff.guidance._loss import LossGuidance as LossGuidance
 from jaxdiff.guidance._loss import ManifoldPreserving as ManifoldPreserving
 from jaxdiff.guidance._loss import Universal as Universal
+from jaxdiff.guidance._mcmc import Chain as Chain
+from jaxdiff.guidance._mcmc import Hamiltonian as Hamiltonian
+from jaxdiff.guidance._mcmc import Info as Info
+from jaxdiff.guidance._mcmc import Kernel as Kernel
+from jaxdiff.guidance._mcmc import Langevin as Langevin
+from jaxdiff.guidance._mcmc import Point as Point
+from jaxdiff.guidance._mcmc import Target as Target
 from jaxdiff.guidance._particle import ParticleGuidance as ParticleGuidance
 from jaxdiff.guidance._perturbed_attention import PerturbedAttention as PerturbedAttention
 from jaxdiff.guidance._posterior_sampling import DPS as DPS
@@ -33,4 +44,9 @@ from jaxdiff.guidance._self_attention import SelfAttention as SelfAttention
 from jaxdiff.guidance._smoothed_energy import SmoothedEnergy as SmoothedEnergy
 from jaxdiff.guidance._svdd import SVDD as SVDD
 from jaxdiff.guidance._training_free import TrainingFree as TrainingFree
+from jaxdiff.guidance._tree_sampling import Tree as Tree
+from jaxdiff.guidance._tree_sampling import TreeSamples as TreeSamples
+from jaxdiff.guidance._tree_sampling import tree_sample as tree_sample
+from jaxdiff.guidance._twisted import ParticleMemory as ParticleMemory
+from jaxdiff.guidance._twisted import TwistedSMC as TwistedSMC
 from jaxdiff.guidance._zero_star import CFGZeroStar as CFGZeroStar

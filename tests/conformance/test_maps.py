@@ -100,6 +100,10 @@ MAPS = {
         lambda base: guidance.Composable(base, null_cond=2, count=2, scale=1.5), 15, 5,
     ),
     "NegativePrompt": (lambda base: guidance.NegativePrompt(base, 2.0), 10, 5),
+    "Conditioned": (
+        lambda base: guidance.Conditioned(base, {"label": jnp.zeros((), jnp.int32)}), 5, 5,
+    ),
+    "Product": (lambda base: guidance.Product([base, Weaker(base)], [1.5, -0.5]), 10, 10),
     "Factorized": (lambda base: guidance.Factorized(base, PARTS), 10, 5),
     "FixedPart": (lambda base: guidance.FixedPart(base, PARTS[0]), 5, 5),
     "EditedBetween": (
@@ -161,6 +165,8 @@ def test_no_map_is_missing():
     }
     # These read a network's taps, which an oracle has not; tests of their own.
     public -= {geometry.TimedOffset, guidance.TimeStepGuidance, guidance.ConditionAnnealed}
+    # It asks for densities; a test of its own.
+    public -= {guidance.Mixture}
     public -= {guidance.PerturbedAttention, guidance.SmoothedEnergy, guidance.SelfAttention}
     assert public <= {type(build(base())) for build, *_ in MAPS.values()}
 

@@ -42,6 +42,11 @@ WRAPPERS = {
         lambda b: guidance.Recurrence(b, 1),
         11,
     ),
+    "Corrected": (
+        lambda b: guidance.Corrected(b, guidance.Langevin(0.05), 2),
+        lambda b: guidance.Corrected(b, count=0),
+        15,
+    ),
     "Projected": (
         outside.Projected,
         lambda b: outside.Projected(b, share=0.0),
