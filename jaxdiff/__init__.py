@@ -49,6 +49,7 @@ from jaxdiff.denoiser import find_network as find_network
 from jaxdiff.denoiser import reading as reading
 from jaxdiff.energy import EnergyDenoiser as EnergyDenoiser
 from jaxdiff.flow_map import FlowMap as FlowMap
+from jaxdiff.host import HostFunction as HostFunction
 from jaxdiff.likelihood import LogLikelihood as LogLikelihood
 from jaxdiff.likelihood import bits_per_dim as bits_per_dim
 from jaxdiff.likelihood import dequantize as dequantize

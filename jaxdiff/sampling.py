@@ -22,6 +22,7 @@ from jaxdiff._checks import (
 from jaxdiff._tree import as_float_array, chunked, is_known, jit, num_parts
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.flow_map import FlowMap
+from jaxdiff.host import check_no_host
 from jaxdiff.parallel import join_devices, place_batch
 from jaxdiff.solvers import _stock
 from jaxdiff.solvers._base import DiffusionSolver, GridSteps, Problem, SolverState, check_model
@@ -443,6 +444,7 @@ def sample(
     _check_saved(saveat, times)
     indices = first_index + np.arange(num_samples, dtype=jax.dtypes.canonicalize_dtype(int))
     if sharding is not None:
+        check_no_host(denoiser, solver)
         if num_samples % (parts := num_parts(sharding)):
             raise ValueError(
                 f"`num_samples` must be a multiple of the {parts} devices of `sharding`, got "

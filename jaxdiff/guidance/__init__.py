@@ -3,6 +3,8 @@
 from jaxdiff.guidance._adaptive import AdaptiveGuidance as AdaptiveGuidance
 from jaxdiff.guidance._annealed import ConditionAnnealed as ConditionAnnealed
 from jaxdiff.guidance._autoguidance import Autoguidance as Autoguidance
+from jaxdiff.guidance._black_scholes import BlackScholesBlending as BlackScholesBlending
+from jaxdiff.guidance._black_scholes import call_price as call_price
 from jaxdiff.guidance._cfg_plus_plus import CFGPlusPlus as CFGPlusPlus
 from jaxdiff.guidance._classifier import ClassifierGuidance as ClassifierGuidance
 from jaxdiff.guidance._classifier_free import ClassifierFree as ClassifierFree
@@ -12,6 +14,9 @@ from jaxdiff.guidance._compositions import Conditioned as Conditioned
 from jaxdiff.guidance._compositions import Mixture as Mixture
 from jaxdiff.guidance._compositions import Product as Product
 from jaxdiff.guidance._corrected import Corrected as Corrected
+from jaxdiff.guidance._editing import Pasted as Pasted
+from jaxdiff.guidance._editing import edit_by_inversion as edit_by_inversion
+from jaxdiff.guidance._editing import sdedit as sdedit
 from jaxdiff.guidance._event import EventGuidance as EventGuidance
 from jaxdiff.guidance._factorized import Factorized as Factorized
 from jaxdiff.guidance._factorized import FixedPart as FixedPart
@@ -36,12 +41,14 @@ from jaxdiff.guidance._posterior_sampling import FreeDoM as FreeDoM
 from jaxdiff.guidance._projected import AdaptiveProjected as AdaptiveProjected
 from jaxdiff.guidance._recurrence import Recurrence as Recurrence
 from jaxdiff.guidance._rescale import RescaledClassifierFree as RescaledClassifierFree
+from jaxdiff.guidance._resolution_shares import ResolutionShares as ResolutionShares
 from jaxdiff.guidance._scale import CosineScale as CosineScale
 from jaxdiff.guidance._scale import LinearScale as LinearScale
 from jaxdiff.guidance._scale import PairRule as PairRule
 from jaxdiff.guidance._scale import ScaleSchedule as ScaleSchedule
 from jaxdiff.guidance._self_attention import SelfAttention as SelfAttention
 from jaxdiff.guidance._smoothed_energy import SmoothedEnergy as SmoothedEnergy
+from jaxdiff.guidance._steered import steered as steered
 from jaxdiff.guidance._svdd import SVDD as SVDD
 from jaxdiff.guidance._training_free import TrainingFree as TrainingFree
 from jaxdiff.guidance._tree_sampling import Tree as Tree
@@ -49,4 +56,5 @@ from jaxdiff.guidance._tree_sampling import TreeSamples as TreeSamples
 from jaxdiff.guidance._tree_sampling import tree_sample as tree_sample
 from jaxdiff.guidance._twisted import ParticleMemory as ParticleMemory
 from jaxdiff.guidance._twisted import TwistedSMC as TwistedSMC
+from jaxdiff.guidance._upsample import UpsampleGuidance as UpsampleGuidance
 from jaxdiff.guidance._zero_star import CFGZeroStar as CFGZeroStar

@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._tree import number
 from jaxdiff.conditions import as_entries, from_entries, null_where, take
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+from jaxdiff.energy import check_density
 from jaxdiff.guidance._scale import Scale, WithNull, both_answers, check_scale, scale_at
 
 
@@ -21,13 +22,13 @@ class Composable(WithNull):
     negative ones for its absence. All k + 1 evaluations run as one batch.
 
     Of laws in which the concepts are independent given x_t it samples their product; as that
-    holds at t = 0 alone, samples are off in between, by what corrections of MCMC repair.
+    holds at t = 0 alone, samples are off in between, by what `Corrected` repairs.
 
     Args:
         base: a denoiser trained with label dropout.
         null_cond: as of `ClassifierFree`.
         count: k.
-        scale: on all weights.
+        scale: on all weights; a schedule may return one for each concept, `(k,)`.
 
     Reference: Liu, Li, Du, Torralba, Tenenbaum, "Compositional Visual Generation with Composable
     Diffusion Models", 2022, arXiv 2206.01714.
@@ -79,9 +80,26 @@ class Composable(WithNull):
         found = jax.vmap(one)(every, jnp.arange(self.count + 1) == 0)
         none = jax.tree.map(lambda leaf: leaf[0], found)
         gaps = found.x0[1:] - none.x0
-        total = jnp.tensordot(weights.astype(x.dtype), gaps, 1)
-        x0 = none.x0 + scale_at(self.scale, self.process, t) * total
+        own = weights.astype(x.dtype) * scale_at(self.scale, self.process, t)
+        x0 = none.x0 + jnp.tensordot(own, gaps, 1)
         return none.replace(x0=x0.astype(x.dtype))
+
+    def log_prob(self, x: Array, t: Array, cond: PyTree = None) -> Array:
+        """log p_t(x) + scale sum_i w_i log p_t(x | c_i) / p_t(x), up to a constant.
+
+        Raises:
+            TypeError: for a base that does not know its density.
+        """
+        concepts, weights, rest = take(cond, "concepts", "weights", by="Composable")
+        base = check_density(self.base, "Composable")
+
+        def one(concept, null):
+            whole = from_entries({**as_entries(rest), **as_entries(concept)})
+            return base.log_prob(x, t, null_where(null, whole, self.null_cond))
+
+        every = jax.tree.map(lambda c: jnp.concatenate([c[:1], c]), concepts)
+        found = jax.vmap(one)(every, jnp.arange(self.count + 1) == 0)
+        return found[0] + weights * scale_at(self.scale, self.process, t) @ (found[1:] - found[0])
 
 
 class NegativePrompt(DenoiserMap):

@@ -77,9 +77,10 @@ class Factorized(DenoiserMap):
 
 
 class FixedPart(DenoiserMap):
-    """P y + (1 - P) D: one part of the image is that of a real one, the other is made to fit.
+    """P known + (1 - P) D: one part of the image is that of a real one, the other is made to fit.
 
-    Kind 1, with data of the example: the entry "y" of its condition, an example whose part is kept.
+    Kind 1, with data of the example: the entry "known" of its condition, an example whose
+    part is kept.
 
     Args:
         base: any denoiser.
@@ -92,7 +93,7 @@ class FixedPart(DenoiserMap):
     base: Denoiser
     part: Callable[[Array], Array]
 
-    takes: ClassVar[tuple[str, ...]] = ("y",)
+    takes: ClassVar[tuple[str, ...]] = ("known",)
 
     def __check_init__(self):
         check_callable("part", self.part, "jax.tree_util.Partial(low_pass)")
@@ -103,10 +104,12 @@ class FixedPart(DenoiserMap):
         """See `Denoiser`.
 
         Raises:
-            ValueError: for a y of another shape than x.
+            ValueError: for a known example of another shape than x.
         """
-        y, rest = take(cond, "y", by="FixedPart")
-        if jnp.shape(y) != x.shape:
-            raise ValueError(f"`y` must be an example of shape {x.shape}, got {jnp.shape(y)}.")
+        known, rest = take(cond, "known", by="FixedPart")
+        if jnp.shape(known) != x.shape:
+            raise ValueError(
+                f"`known` must be an example of shape {x.shape}, got {jnp.shape(known)}."
+            )
         found = self.base.estimate(x, t, rest, key=key)
-        return found.replace(x0=(found.x0 + self.part(y - found.x0)).astype(x.dtype))
+        return found.replace(x0=(found.x0 + self.part(known - found.x0)).astype(x.dtype))

@@ -169,6 +169,8 @@ class DiffusionSolver(diffrax.AbstractSolver):
     model: ClassVar[type] = Denoiser
     # Whether examples see each other, as in a population.
     couples: ClassVar[bool] = False
+    # Whether the way back is exact, from the state and what is remembered there.
+    retraces: ClassVar[bool] = False
 
     @abstractmethod
     def update(self, problem: Problem, x: Array, step: Step) -> Moved:

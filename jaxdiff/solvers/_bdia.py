@@ -1,5 +1,7 @@
 """BDIA."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,8 @@ class BDIA(DiffusionSolver):
     """
 
     gamma: Number = number(1.0)
+
+    retraces: ClassVar[bool] = True
 
     def __check_init__(self):
         remedy = "Take 1.0 to invert, or DDIM() for gamma = 0, which has no exact inverse."

@@ -1,5 +1,7 @@
 """EDICT."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -59,6 +61,8 @@ class EDICT(DiffusionSolver):
 
     p: Number = number(0.93)
     alternate: bool = eqx.field(default=True, static=True)
+
+    retraces: ClassVar[bool] = True
 
     def __check_init__(self):
         remedy = (

@@ -52,6 +52,10 @@ def close(x0, y):
     return -jnp.sum((x0 - y) ** 2)
 
 
+def alike(x0, concept):
+    return jnp.exp(x0[0] * (1 - 2 * concept))
+
+
 PARTS = tuple(map(jax.tree_util.Partial, (mean, centred)))
 
 # Every map, made from a base; the evaluations it costs on five steps of DDIM, and the calls that
@@ -105,6 +109,9 @@ MAPS = {
     ),
     "Product": (lambda base: guidance.Product([base, Weaker(base)], [1.5, -0.5]), 10, 10),
     "Factorized": (lambda base: guidance.Factorized(base, PARTS), 10, 5),
+    "BlackScholesBlending": (
+        lambda base: guidance.BlackScholesBlending(base, jax.tree_util.Partial(alike)), 5, 5,
+    ),
     "FixedPart": (lambda base: guidance.FixedPart(base, PARTS[0]), 5, 5),
     "EditedBetween": (
         lambda base: geometry.EditedBetween(base, jaxdiff.Clipped(base, -1.2, 1.2), 0.25, 0.75),
@@ -133,7 +140,11 @@ def cond_of(name, count=COUNT):
     if name == "Factorized":
         cond["parts"] = jnp.tile(jnp.arange(2), (count, 1))
     wanting = ("ClassifierGuidance", "EventGuidance", "LossGuidance", "ManifoldPreserving")
-    if name in ("FixedPart", "Universal", *wanting):
+    if name == "BlackScholesBlending":
+        cond["concepts"] = jnp.tile(jnp.arange(2), (count, 1))
+    if name == "FixedPart":
+        cond["known"] = rows
+    if name in ("Universal", *wanting):
         cond["y"] = rows
     return cond
 
@@ -165,8 +176,8 @@ def test_no_map_is_missing():
     }
     # These read a network's taps, which an oracle has not; tests of their own.
     public -= {geometry.TimedOffset, guidance.TimeStepGuidance, guidance.ConditionAnnealed}
-    # It asks for densities; a test of its own.
-    public -= {guidance.Mixture}
+    # One asks for densities, one for images; tests of their own.
+    public -= {guidance.Mixture, guidance.UpsampleGuidance}
     public -= {guidance.PerturbedAttention, guidance.SmoothedEnergy, guidance.SelfAttention}
     assert public <= {type(build(base())) for build, *_ in MAPS.values()}
 

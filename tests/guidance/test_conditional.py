@@ -295,7 +295,7 @@ def test_factors_that_are_independent_are_composed_exactly(x64):
     assert_allclose(found, laws.law(mixed)(x_, t_), rtol=1e-12)
     fixed = guidance.FixedPart(laws, parts[0])
     y = jnp.asarray([[2.0, -1.0]])
-    out = jaxdiff.sample(KEY, fixed, (2,), 1, cond={"label": jnp.asarray([1]), "y": y}, times=5)
+    out = jaxdiff.sample(KEY, fixed, (2,), 1, cond={"label": jnp.asarray([1]), "known": y}, times=5)
     assert_allclose(low(out.x[0]), low(y[0]), rtol=1e-9)
 
 
@@ -348,9 +348,9 @@ def test_an_exact_classifier_makes_the_conditional_law(x64, process):
         ),
         (
             lambda d, x_, t_: guidance.FixedPart(d, jax.tree_util.Partial(low))(
-                x_, t_, {"y": jnp.ones(3)}
+                x_, t_, {"known": jnp.ones(3)}
             ),
-            "`y` must be an example of shape",
+            "`known` must be an example of shape",
         ),
         (lambda d, x_, t_: guidance.ClassifierFree(d, 2)(x_, t_), "got one without"),
     ],

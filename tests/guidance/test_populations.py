@@ -88,9 +88,39 @@ def test_particles_keep_apart(x64):
     assert_allclose(force(x[order]), force(x)[order], rtol=1e-9)
 
 
+def test_a_reward_on_the_host_sees_a_population_once_a_step():
+    laws, _ = plane()
+    calls = []
+
+    def on_host(x):
+        calls.append(x.shape)
+        return x @ SLOPE
+
+    asked = jaxdiff.HostFunction(on_host)
+    run = lambda reward: (
+        jaxdiff.sample(KEY, laws, (2,), 6, solver=guidance.SVDD(count=5, reward=reward), times=4).x
+    )
+    assert_allclose(run(asked), run(REWARD), rtol=1e-5)
+    assert calls == [(30, 2)] * 4
+    tree = lambda reward: (
+        guidance.tree_sample(KEY, laws, (2,), reward, rollouts=3, num_trees=6, times=2).x
+    )
+    assert_allclose(tree(asked), tree(REWARD), rtol=1e-5)
+    assert calls[4:] == [(6, 2)] * 3
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     laws = mixture(processes.VP(), jnp.float32)
+    asked = jaxdiff.HostFunction(lambda x: x.sum(-1))
+    mesh = jaxdiff.parallel.make_mesh()
+    sharding = jaxdiff.parallel.batch_sharding(mesh)
+    with pytest.raises(ValueError, match="`sharding` must be None with a HostFunction inside"):
+        solver = guidance.SVDD(reward=asked)
+        jaxdiff.sample(KEY, laws, (2,), 8, solver=solver, times=2, sharding=sharding)
+    with pytest.raises(TypeError, match="A HostFunction has no derivative"):
+        guide = guidance.ManifoldPreserving(laws, lambda x0, y: asked(x0))
+        jaxdiff.sample(KEY, guide, (2,), 2, cond={"y": jnp.zeros((2, 2))}, times=2)
     with pytest.raises(ValueError, match="`base` of SVDD must draw its steps, got DDIM"):
         guidance.SVDD(solvers.DDIM(), reward=REWARD)
     with pytest.raises(ValueError, match="`reward` must return a floating scalar"):

@@ -163,6 +163,12 @@ def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
     ]  # fmt: skip
     study.main(dataclasses.replace(options, variants=("kernel of degree 3", "last step")))
     assert study.read(out)[:-1] == rows and study.read(out)[-1]["name"] == "last step"
+    # Of other settings a tuning goes elsewhere, and does not meet this one.
+    folders = {
+        study.options_of(dataclasses.replace(options, steps=n), options.bases[0], "default").run_dir
+        for n in (2, 3)
+    }
+    assert len(folders) == 2
     study.main(dataclasses.replace(options, table=True))
     table = out.with_suffix(".md").read_text().splitlines()
     assert len(table) == 9 and table[-1].startswith("| last step | 5 |")

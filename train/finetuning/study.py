@@ -127,7 +127,9 @@ def options_of(study: Study, base: str, variant: str) -> Options:
         "sample_every": 0, "checkpoint_every": study.steps, "data_path": study.data_path,
         "seed": load_config(base, RunConfig).seed, "mesh": study.mesh,
     }  # fmt: skip
-    folder = "".join(c if c.isalnum() else "-" for c in variant)
+    # Of other settings the tuning is another one.
+    name = f"{variant} {study.steps} {study.batch_size}"
+    folder = "".join(c if c.isalnum() else "-" for c in name)
     run_dir = str(Path(base) / "study" / folder)
     return Options(base, run_dir=run_dir, **{**common, **VARIANTS[variant]})
 
