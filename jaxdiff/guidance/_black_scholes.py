@@ -24,7 +24,7 @@ def call_price(spot: Array, strike: Number, rate: Number, volatility: Array) -> 
 
     Args:
         spot: price of what is optioned, > 0.
-        strike: price that is agreed upon, > 0.
+        strike: price that is agreed upon, >= 0.
         rate: of interest, times the time to maturity.
         volatility: times the root of that time.
     """
@@ -68,7 +68,7 @@ class BlackScholesBlending(Stepwise):
 
     def __check_init__(self):
         check_callable("likeness", self.likeness, "jax.tree_util.Partial(function, weights)")
-        check_number("strike", self.strike, above=0.0)
+        check_number("strike", self.strike, least=0.0)
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`: every concept, too."""
