@@ -19,6 +19,7 @@ from benchmarks.calls import sample_call
 from benchmarks.compiling import compile_times
 from benchmarks.geometry import spectra
 from benchmarks.gradients import mmd_updates, weight_gradients
+from benchmarks.guidance import sweeps
 from benchmarks.loading import loader_rate
 from benchmarks.measure import Record
 from benchmarks.networks import compiler_options
@@ -33,6 +34,7 @@ GROUPS = (
     loader_rate,
     weight_gradients,
     mmd_updates,
+    sweeps,
     spectra,
     solver_overhead,
     compiler_options,

@@ -27,7 +27,7 @@ def mlp():
     return networks.MLP(64, hidden=512, num_blocks=1, rngs=nnx.Rngs(0)), (256, 64)
 
 
-def unet():
+def unet(**options):
     """Of 16 x 16 images, at batch 16."""
     network = networks.UNet(
         32,
@@ -37,6 +37,7 @@ def unet():
         num_res_blocks=1,
         attention_resolutions=(8,),
         rngs=nnx.Rngs(0),
+        **options,
     )
     return network, (16, 16, 16, 3)
 

@@ -358,7 +358,15 @@ class DenoiserMap(Denoiser):
     cost that of all denoisers inside, unless the map says otherwise.
     """
 
-    base: eqx.AbstractVar[Denoiser]
+    if TYPE_CHECKING:  # a field or a property
+
+        @property
+        def base(self) -> Denoiser:
+            """The first of the denoisers inside."""
+            ...
+
+    else:
+        base: eqx.AbstractVar[Denoiser]
 
     # Entries of the condition that the map takes for itself, which the denoisers inside do not see.
     takes: ClassVar[tuple[str, ...]] = ()

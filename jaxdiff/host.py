@@ -47,7 +47,7 @@ def _refuse(x: Array) -> Array:
 def _refuse_derivative(primals, tangents):
     raise TypeError(
         "A HostFunction has no derivative, and a gradient of it was asked for. Use a method "
-        "without gradients, such as SVDD, TwistedSMC or tree_sample, or write the function in JAX."
+        "without gradients, such as SVDD or tree_sample, or write the function in JAX."
     )
 
 

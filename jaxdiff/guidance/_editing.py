@@ -172,7 +172,9 @@ def edit_by_inversion(
     Attention Control", 2022, arXiv 2208.01626, for DDIM inversion of real images.
     """
     times = jnp.asarray(times)
-    noise = invert(denoiser, x, cond=source, solver=solver, times=times, batch_size=batch_size)
+    noise = invert(
+        denoiser, as_float_array(x), cond=source, solver=solver, times=times, batch_size=batch_size
+    )
     # Other methods begin afresh: their past is that of the way there.
     memory = noise.memory if solver.retraces else None
     # Nothing is drawn on the way back.

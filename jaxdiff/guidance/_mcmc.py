@@ -1,7 +1,7 @@
 """Kernels of Markov chain Monte Carlo for the law of x_t that a denoiser stands for."""
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -67,10 +67,10 @@ class Target(eqx.Module):
 
 
 class Chain(NamedTuple):
-    """One chain: where it is, and its momentum, `(*event)`, if it has one."""
+    """One chain: where it is, and its momentum, `(*event)` or None."""
 
     point: Point
-    momentum: Array | None
+    momentum: Any
 
 
 class Info(NamedTuple):

@@ -130,7 +130,8 @@ class TwistedSMC(PopulationSolver):
         dtype = memory.log_weight.dtype
         weight = memory.log_weight + memory.pending + twist.astype(dtype)
         below = effective_number(weight) < self.threshold * self.size
-        first, last = jax.random.split(step.shared)
+        shared: Any = step.shared
+        first, last = jax.random.split(shared)
         chosen, weight, evidence = resample(first, weight, memory.log_evidence, below)
         rows = (x, found, slope, twist, memory.base, step.notes)
         x, found, slope, twist, base, notes = jax.tree.map(lambda leaf: leaf[chosen], rows)
