@@ -74,6 +74,15 @@ class Denoiser(eqx.Module):
         """Network evaluations that one call costs."""
         return 1
 
+    @property
+    def bounded_start(self) -> bool:
+        """Whether the customary grid of a process whose alpha vanishes starts later.
+
+        For what changes the noise of an estimate, and x0 with it by 1 / alpha, as a solver's
+        `bounded_start`.
+        """
+        return False
+
     @abstractmethod
     def __call__(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
@@ -399,6 +408,11 @@ class DenoiserMap(Denoiser):
     def process(self) -> GaussianProcess:
         """The base denoiser's process."""
         return self.base.process
+
+    @property
+    def bounded_start(self) -> bool:
+        """Where any denoiser inside asks for it."""
+        return any(child.bounded_start for child in self.children)
 
     @property
     def evaluations(self) -> Array | int:

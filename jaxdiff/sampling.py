@@ -29,7 +29,7 @@ from jaxdiff.solvers._base import DiffusionSolver, GridSteps, Problem, SolverSta
 from jaxdiff.solvers._brownian import float_bits
 from jaxdiff.solvers._ddim import DDIM
 from jaxdiff.solvers._population import PopulationSolver
-from jaxdiff.solvers._times import check_grids, resolve_times
+from jaxdiff.solvers._times import bounded_times, check_grids, resolve_times
 from jaxdiff.stepwise import check_stepless
 
 
@@ -271,9 +271,12 @@ def resolve_grid(model, times, solver, num_samples, *, increasing=False) -> Arra
     else:
         t_end = 0.0 if own and not increasing else process.t_min
         customary = solver.default_times if own else None
+        counted = jnp.ndim(times) == 0
         times = resolve_times(
             process, times, t_end=t_end, increasing=increasing, customary=customary
         )
+        if counted and own and isinstance(model, Denoiser) and model.bounded_start:
+            times = bounded_times(process, times)
     if not own:
         _stock.check_stock(solver, process, times)
     return times

@@ -45,6 +45,11 @@ class ClassifierGuidance(DenoiserMap):
         check_callable("log_prob", self.log_prob, "jax.tree_util.Partial(function, classifier)")
         check_scale(self.scale)
 
+    @property
+    def bounded_start(self) -> bool:
+        """True: a trained classifier's slope does not vanish with alpha."""
+        return True
+
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:

@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
-from jaxdiff.solvers import DDIM, DiffusionSolver, PopulationSolver
+from jaxdiff.processes import GaussianProcess
+from jaxdiff.solvers import DDIM, DiffusionSolver, PopulationSolver, bounded_times
 from jaxdiff.solvers._base import Moved, Problem
 from jaxdiff.stepwise import Step
 
@@ -45,6 +46,10 @@ class ParticleGuidance(PopulationSolver):
         check_number("least", self.least, least=0.0)
         if self.features is not None:
             check_callable("features", self.features, "jax.tree_util.Partial(function, weights)")
+
+    def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
+        """The base's, from a noise level of 80 on at most: forces do not vanish with alpha."""
+        return bounded_times(process, super().default_times(process, num_steps, t_end))
 
     def potential(self, f: Array) -> Array:
         """log Phi of the features `(size, d)` of a population."""

@@ -109,6 +109,23 @@ def test_a_reward_on_the_host_sees_a_population_once_a_step():
     assert calls[4:] == [(6, 2)] * 3
 
 
+@pytest.mark.parametrize("process", [processes.VP(), processes.Cosine(), processes.EDM()])
+def test_what_pushes_by_noise_starts_where_alpha_is_not_lost(x64, process):
+    """On customary grids a force, or a slope that does not vanish, moves samples by its size."""
+    laws = mixture(process)
+    run = lambda denoiser, **options: np.asarray(
+        jaxdiff.sample(KEY, denoiser, (2,), 64, times=20, **options).x
+    )
+    plain = run(laws)
+    size = np.abs(plain).max()
+    apart = run(laws, solver=guidance.ParticleGuidance(size=8, strength=0.1))
+    assert 1 < np.abs(apart).max() / size < 1.5
+    constant = jax.tree_util.Partial(lambda x, t, y: 0.02 * x[0])
+    sloping = jaxdiff.Clipped(guidance.ClassifierGuidance(laws, constant), -50.0, 50.0)
+    pushed = run(sloping, cond={"y": jnp.zeros(64), "label": jnp.full(64, 2)})
+    assert not np.allclose(pushed, plain) and np.abs(pushed).max() < 1.2 * size
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     laws = mixture(processes.VP(), jnp.float32)
