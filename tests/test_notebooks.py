@@ -136,6 +136,15 @@ def test_finetuning(digits, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_guidance(digits, monkeypatch, capsys):
+    seen = run(ROOT / "notebooks" / "guidance.ipynb", digits, monkeypatch)
+    far = seen["measured"]
+    assert len(far) == 25 and np.all(np.isfinite(list(far.values())))
+    for law in ("CFG, 3", "quotient"):
+        assert far[f"{law}, chains"] < far[law] / 3
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_with_outputs_and_nothing_private(path):
     code, text = cells(path), path.read_text()

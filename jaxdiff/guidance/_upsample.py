@@ -1,5 +1,7 @@
 """Upsample guidance: a model of small images, at several times their size."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,18 +15,22 @@ from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 
 
 class UpsampleGuidance(DenoiserMap):
-    """D + scale U [sqrt(power) D(c P x_t, tau) - P D], P means over blocks, U their inverse.
+    """D + scale U [sqrt(power) D_small(c P x_t, tau) - P D]: P means over blocks, U their inverse.
 
     Block means of x_t are noisy images of the size that the model was trained at, at the cleaner
     time tau of `geometry.adjusted_time`; c is their intensity. So the model, called at the large
     size, is guided by what it knows at the small one. At scale 1 block means of the estimate are
     the small image's. In eps it is the paper's scale U [eps(c P x_t, tau) / m - P eps].
 
-    Kind 1. Two evaluations, of which one is of 1 / factor^2 as many pixels; below `t_low`, where
-    details are made, one.
+        large = dataclasses.replace(small, network=small.network.resized(16))
+        guided = UpsampleGuidance(large, small)
+
+    Kind 1, with two children. Two evaluations, of which one is of 1 / factor^2 as many pixels;
+    below `t_low`, where details are made, one.
 
     Args:
-        base: a denoiser of images whose network takes any size, trained at the small one.
+        base: a denoiser of large images: the same weights, as of `networks.UNet.resized`, or any.
+        small: a denoiser of the size that was trained, of the same process and conditions.
         factor: m, of height and width.
         power: variance of block means over that of pixels, `geometry.relative_power`; 1 for smooth
             images.
@@ -39,21 +45,19 @@ class UpsampleGuidance(DenoiserMap):
     """
 
     base: Denoiser
+    small: Denoiser
     factor: int = eqx.field(static=True, default=2)
     power: Number = number(1.0)
     scale: Scale = number(1.0)
     t_low: Number = number(0.0)
+
+    same_network: ClassVar[tuple[str, ...]] = ("base", "small")
 
     def __check_init__(self):
         check_count("factor", self.factor)
         check_number("power", self.power, above=0.0, most=1.0)
         check_scale(self.scale)
         check_number("t_low", self.t_low)
-
-    @property
-    def evaluations(self) -> Array | int:
-        """Twice the base denoiser's, whatever their sizes."""
-        return 2 * self.base.evaluations
 
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
@@ -64,8 +68,8 @@ class UpsampleGuidance(DenoiserMap):
         found = self.base.estimate(x, t, cond, key=key)
 
         def guided():
-            small, tau = coarse_state(self.process, x, t, self.factor, self.power)
-            coarse = self.base.estimate(small, tau, cond, key=key).x0
+            state, tau = coarse_state(self.process, x, t, self.factor, self.power)
+            coarse = self.small.estimate(state, tau, cond, key=key).x0
             gap = jnp.sqrt(self.power) * coarse - downsample(found.x0, self.factor)
             wide = jnp.repeat(jnp.repeat(gap, self.factor, 0), self.factor, 1)
             return (found.x0 + scale_at(self.scale, self.process, t) * wide).astype(x.dtype)

@@ -337,6 +337,27 @@ class UNet(Network):
         self.norm_out = GroupNorm(c, **kinds)
         self.conv_out = Conv(c, out_channels or in_channels, (3, 3), kernel_init=zeros, **kinds)
 
+    def resized(self, image_size: int | tuple[int, int]) -> "UNet":
+        """The same weights for images of another size: convolutions and attention know none.
+
+        Levels attend as they did. What such a network makes of images that it was not trained on is
+        another question.
+
+        Args:
+            image_size: height and width, one number or two, each divisible by 2^(levels - 1).
+
+        Raises:
+            ValueError: for sizes that do not divide.
+        """
+        given, height = dict(self.arguments), self.shape[0]
+        new = image_shape(image_size, 1)[0]
+        given["image_size"] = image_size
+        given["attention_resolutions"] = tuple(
+            size * new // height for size in given["attention_resolutions"]
+        )
+        outline, _ = nnx.split(nnx.eval_shape(lambda: UNet(**given, rngs=nnx.Rngs(0))))
+        return nnx.merge(outline, nnx.state(self))
+
     def forward(
         self,
         tap: Tap,

@@ -167,6 +167,22 @@ def test_bfloat16_is_close_and_keeps_float32_outside():
         assert leaf.dtype == jnp.float32 and np.all(np.isfinite(leaf))
 
 
+def test_the_same_weights_for_another_size():
+    """Far from its edges a larger image meets the same convolutions."""
+    small = with_random_weights(lambda: unet(image_size=8, attention_resolutions=(4,)))
+    large = small.resized(16)
+    assert large.shape == (16, 16, 1) and dict(large.arguments)["attention_resolutions"] == (8,)
+    assert num_params(large) == num_params(small)
+    back = large.resized((8, 8))
+    x = jnp.sin(jnp.arange(64.0)).reshape(8, 8, 1)
+    np.testing.assert_array_equal(forward(back, x, T, CLASS), forward(small, x, T, CLASS))
+    # An image of one colour is one of any size, but for its edges.
+    flat = [forward(net, jnp.full(net.shape, 0.3), T, CLASS) for net in (small, large)]
+    assert flat[1].shape == (16, 16, 1) and np.all(np.isfinite(flat[1]))
+    with pytest.raises(ValueError, match="`image_size` must be divisible by 2"):
+        small.resized(15)
+
+
 def test_batches_keys_and_retracing():
     traces = []
 
