@@ -216,10 +216,9 @@ def _gain(row: dict[str, Any], by_name: dict[str, Any]) -> list[tuple[float, flo
 
 
 def _share(row: dict[str, Any], by_name: dict[str, Any], full: str) -> float | None:
-    """Of the same seed: from the untuned sampler of as many steps to the full one."""
-    options = VARIANTS[row["name"]]
-    solver, steps = options.get("solver", "ddim"), options.get("sampling_steps", 5)
-    start = by_name.get(f"{solver}, {steps}", {}).get(row["seed"])
+    """Of the same seed: from DDIM of as many steps, untuned, to DDIM of many."""
+    steps = VARIANTS[row["name"]].get("sampling_steps", 5)
+    start = by_name.get(f"ddim, {steps}", {}).get(row["seed"])
     end = by_name.get(full, {}).get(row["seed"])
     return None if start is None or end is None else measure.gap_closed(row, start, end)
 
