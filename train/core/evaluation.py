@@ -463,7 +463,7 @@ def measure(
         real: training examples, as many as there are samples.
 
     Returns:
-        name -> value; name_standard_error, where the metric gives one; and name_floor, what
+        name -> value; name_standard_error, where the metric knows one; and name_floor, what
         held-out examples reach against the training examples.
     """
     numbers = {}
@@ -473,7 +473,8 @@ def measure(
         found = metric(samples, reference) if finite else float("nan")
         value, *error = np.atleast_1d(np.asarray(found, float))
         numbers[name] = float(value)
-        if error:
+        # Of one block there is no error.
+        if error and np.isfinite(error[0]):
             numbers[f"{name}_standard_error"] = float(error[0])
         numbers[f"{name}_floor"] = float(np.ravel(np.asarray(metric(reference, real), float))[0])
     return numbers
