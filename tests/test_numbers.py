@@ -37,9 +37,12 @@ REQUIRED = {
         networks.MLP(2, hidden=8, num_blocks=1, rngs=nnx.Rngs(0)), processes.VP()
     ),
     "weak": lambda: gaussian(processes.VP(), 2),
+    "small": lambda: gaussian(processes.VP(), 2),
+    "power": lambda: jnp.ones(2),
+    "groups": lambda: jnp.ones((1, 2)),
     "count": lambda: 2,
     **dict.fromkeys(
-        ("log_prob", "operator", "energy", "reward", "function", "draw"),
+        ("log_prob", "operator", "energy", "reward", "function", "draw", "likeness"),
         lambda: jax.tree_util.Partial(jnp.sum),
     ),
     "denoiser": lambda: gaussian(processes.VP(), 2),
