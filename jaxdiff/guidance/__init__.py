@@ -8,6 +8,9 @@ from jaxdiff.guidance._classifier import ClassifierGuidance as ClassifierGuidanc
 from jaxdiff.guidance._classifier_free import ClassifierFree as ClassifierFree
 from jaxdiff.guidance._composable import Composable as Composable
 from jaxdiff.guidance._composable import NegativePrompt as NegativePrompt
+from jaxdiff.guidance._elucd import EluCD as EluCD
+from jaxdiff.guidance._elucd import EluCDSteps as EluCDSteps
+from jaxdiff.guidance._elucd import tempered_log_prob as tempered_log_prob
 from jaxdiff.guidance._event import EventGuidance as EventGuidance
 from jaxdiff.guidance._factorized import Factorized as Factorized
 from jaxdiff.guidance._factorized import FixedPart as FixedPart

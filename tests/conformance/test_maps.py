@@ -48,6 +48,10 @@ def towards(x, t, y):
     return -jnp.sum((x - y) ** 2) / 8
 
 
+def scores(x):
+    return jnp.stack([x[0], 2 * x[1], x[0] * x[1]])
+
+
 def close(x0, y):
     return -jnp.sum((x0 - y) ** 2)
 
@@ -83,6 +87,7 @@ MAPS = {
     "ClassifierGuidance": (
         lambda base: guidance.ClassifierGuidance(base, jax.tree_util.Partial(towards), 0.3), 5, 5,
     ),
+    "EluCD": (lambda base: guidance.EluCD(base, jax.tree_util.Partial(scores), 2.0), 5, 5),
     "EventGuidance": (
         lambda base: guidance.EventGuidance(base, jax.tree_util.Partial(centred), std=0.5), 5, 5,
     ),
@@ -131,6 +136,8 @@ def cond_of(name, count=COUNT):
     wanting = ("ClassifierGuidance", "EventGuidance", "LossGuidance", "ManifoldPreserving")
     if name in ("FixedPart", "Universal", *wanting):
         cond["y"] = rows
+    if name == "EluCD":
+        cond["y"] = jnp.arange(count)
     return cond
 
 
