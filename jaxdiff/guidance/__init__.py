@@ -18,11 +18,17 @@ from jaxdiff.guidance._independent import IndependentCondition as IndependentCon
 from jaxdiff.guidance._independent import TimeStepGuidance as TimeStepGuidance
 from jaxdiff.guidance._independent import UniformLabel as UniformLabel
 from jaxdiff.guidance._interval import LimitedInterval as LimitedInterval
+from jaxdiff.guidance._linear_adaptive import LinearAdaptiveGuidance as LinearAdaptiveGuidance
+from jaxdiff.guidance._linear_adaptive import LinearGuidanceFit as LinearGuidanceFit
+from jaxdiff.guidance._linear_adaptive import fit_linear_guidance as fit_linear_guidance
 from jaxdiff.guidance._loss import LossGuidance as LossGuidance
 from jaxdiff.guidance._loss import ManifoldPreserving as ManifoldPreserving
 from jaxdiff.guidance._loss import Universal as Universal
 from jaxdiff.guidance._particle import ParticleGuidance as ParticleGuidance
 from jaxdiff.guidance._perturbed_attention import PerturbedAttention as PerturbedAttention
+from jaxdiff.guidance._policy import GuidancePolicy as GuidancePolicy
+from jaxdiff.guidance._policy import PolicySearch as PolicySearch
+from jaxdiff.guidance._policy import search_policy as search_policy
 from jaxdiff.guidance._posterior_sampling import DPS as DPS
 from jaxdiff.guidance._posterior_sampling import FreeDoM as FreeDoM
 from jaxdiff.guidance._projected import AdaptiveProjected as AdaptiveProjected

@@ -80,6 +80,16 @@ MAPS = {
         lambda base: guidance.AdaptiveGuidance(base, null_cond=2, scale=3.0, agreement=0.98),
         None, None,
     ),
+    "GuidancePolicy": (
+        lambda base: guidance.GuidancePolicy(base, 2, jnp.asarray([3.0, 1.0, 0.5, 0.0, 2.0])), 8, 5,
+    ),
+    "LinearAdaptiveGuidance": (
+        lambda base: guidance.LinearAdaptiveGuidance(
+            base, 2, jnp.tile(jnp.asarray([0.9, -0.3]), (5, 1)), jnp.full((5, 1), 0.3),
+            jnp.asarray([2, 1, 2, 1, 0]), 2.0,
+        ),
+        7, 5,
+    ),
     "IndependentCondition": (
         lambda base: guidance.IndependentCondition(base, guidance.UniformLabel(2), 2.0), 10, 5,
     ),
