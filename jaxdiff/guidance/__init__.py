@@ -39,7 +39,14 @@ from jaxdiff.guidance._scale import LinearScale as LinearScale
 from jaxdiff.guidance._scale import PairRule as PairRule
 from jaxdiff.guidance._scale import ScaleSchedule as ScaleSchedule
 from jaxdiff.guidance._self_attention import SelfAttention as SelfAttention
+from jaxdiff.guidance._semantic import SemanticGuidance as SemanticGuidance
 from jaxdiff.guidance._smoothed_energy import SmoothedEnergy as SmoothedEnergy
 from jaxdiff.guidance._svdd import SVDD as SVDD
+from jaxdiff.guidance._training_free import DecreasingStrength as DecreasingStrength
+from jaxdiff.guidance._training_free import GridStrength as GridStrength
+from jaxdiff.guidance._training_free import IncreasingStrength as IncreasingStrength
+from jaxdiff.guidance._training_free import NoiseStrength as NoiseStrength
 from jaxdiff.guidance._training_free import TrainingFree as TrainingFree
+from jaxdiff.guidance._training_free_search import StrengthSearch as StrengthSearch
+from jaxdiff.guidance._training_free_search import search_training_free as search_training_free
 from jaxdiff.guidance._zero_star import CFGZeroStar as CFGZeroStar

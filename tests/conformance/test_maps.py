@@ -114,6 +114,12 @@ MAPS = {
     "Composable": (
         lambda base: guidance.Composable(base, null_cond=2, count=2, scale=1.5), 15, 5,
     ),
+    "SemanticGuidance": (
+        lambda base: guidance.SemanticGuidance(
+            base, null_cond=2, count=2, scale=1.5, quantile=0.4, warm_up=1
+        ),
+        20, 5,
+    ),
     "NegativePrompt": (lambda base: guidance.NegativePrompt(base, 2.0), 10, 5),
     "Factorized": (lambda base: guidance.Factorized(base, PARTS), 10, 5),
     "FixedPart": (lambda base: guidance.FixedPart(base, PARTS[0]), 5, 5),
@@ -139,6 +145,9 @@ def cond_of(name, count=COUNT):
     if name == "Composable":
         both = jnp.tile(jnp.arange(2), (count, 1))
         cond |= {"concepts": both, "weights": jnp.tile(jnp.asarray([1.0, -0.2]), (count, 1))}
+    if name == "SemanticGuidance":
+        both = jnp.tile(jnp.arange(2), (count, 1))
+        cond |= {"edits": both, "edit_weights": jnp.tile(jnp.asarray([0.3, -0.1]), (count, 1))}
     if name == "NegativePrompt":
         cond["negative"] = 1 - cond["label"]
     if name == "Factorized":
