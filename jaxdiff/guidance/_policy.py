@@ -151,7 +151,8 @@ def search_policy(
     is followed by Adam, the temperature falling from 1 to `coldest`, so that little is lost when
     the likeliest choice of every step is taken. As D is affine in its weight, a mixture of choices
     is guidance by the mean weight. All targets and seeds run in one program; a seed draws its own
-    samples and start. Weights depend on model, scale, solver and grid.
+    samples and start. Weights depend on model, scale, solver and grid. A mean weight between two
+    choices is none of them: of many choices, take the best of several seeds.
 
     Args:
         key: typed key.

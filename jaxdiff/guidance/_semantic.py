@@ -136,8 +136,8 @@ class SemanticGuidance(Stepwise, WithNull):
     ) -> tuple[Estimate, Estimate, Array]:
         """The estimates of none and of the condition, and x0 of every edit, by one batch."""
         changed, entries = as_entries(edits), as_entries(rest)
-        *own, _ = take(rest, *changed, by="SemanticGuidance")
-        own = dict(zip(changed, own, strict=True))
+        *values, _ = take(rest, *changed, by="SemanticGuidance")
+        own = dict(zip(changed, values, strict=True))
         # The condition twice, replaced by none the first time.
         rows = jax.tree.map(lambda c, e: jnp.concatenate([c[None], c[None], e]), own, changed)
 

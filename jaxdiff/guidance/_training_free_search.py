@@ -55,7 +55,9 @@ def _sought(solver: TrainingFree) -> list[int]:
 
 def _with(solver: TrainingFree, factors: Any) -> TrainingFree:
     """The solver, its strengths times these numbers."""
-    changes = {NAMES[i]: _times(getattr(solver, NAMES[i]), factors[i]) for i in _sought(solver)}
+    changes: dict[str, Any] = {
+        NAMES[i]: _times(getattr(solver, NAMES[i]), factors[i]) for i in _sought(solver)
+    }
     return dataclasses.replace(solver, **changes)
 
 
