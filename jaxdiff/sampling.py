@@ -104,7 +104,7 @@ def _rows(factor: Array, state: Array) -> Array:
     )
 
 
-def _plan(solver: DiffusionSolver, problem: Problem) -> PyTree:
+def plan_of(solver: DiffusionSolver, problem: Problem) -> PyTree:
     """The solver's plan of the grid, or of every example's grid."""
 
     def plan(times):
@@ -119,7 +119,7 @@ def _integrate(problem: Problem, x: Array, memory, notes, options: _Options) -> 
     gauge, stepper = _stock.gauge(solver, controller is not None)
     own, count, state = isinstance(solver, DiffusionSolver), x.shape[0], None
     if own:
-        problem = dataclasses.replace(problem, plan=_plan(solver, problem))
+        problem = dataclasses.replace(problem, plan=plan_of(solver, problem))
         clock = jnp.arange(problem.num_steps + 1, dtype=problem.times.dtype)
         if memory is not None or notes is not None:
             fresh = solver.init(None, None, None, x, problem)
@@ -209,7 +209,7 @@ def _population_keys(key: PRNGKeyArray, indices: Array, solver: Any) -> PRNGKeyA
     return jax.vmap(jax.random.fold_in, (None, 0))(own, indices // solver.size)
 
 
-def _example_keys(key: PRNGKeyArray, indices: Array) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+def example_keys(key: PRNGKeyArray, indices: Array) -> tuple[PRNGKeyArray, PRNGKeyArray]:
     """The keys of each example's start, and of its path."""
     keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(indices)
     return keys[:, 0], keys[:, 1]
@@ -219,7 +219,7 @@ def _example_keys(key: PRNGKeyArray, indices: Array) -> tuple[PRNGKeyArray, PRNG
 def _sample(key, indices, cond, model, times, options, *, shape, dtype, batch_size, sharding):
     def run(indices, cond, own_times):
         grid = times if own_times is None else own_times
-        starts, paths = _example_keys(key, indices)
+        starts, paths = example_keys(key, indices)
         prior = jax.vmap(model.process.prior, (0, None, 0 if grid.ndim == 2 else None, None))
         x = prior(starts, shape, grid[..., 0], dtype)
         shared = _population_keys(key, indices, options.solver)
@@ -246,7 +246,7 @@ def _continue(
         grid = times if own_times is None else own_times
         paths = shared = None
         if key is not None:
-            paths, shared = _example_keys(key, indices)[1], None
+            paths, shared = example_keys(key, indices)[1], None
             shared = _population_keys(key, indices, options.solver)
             if first_step is None:
                 # A stream of its own for every start, which repeats nobody's noise.

@@ -34,6 +34,7 @@ class Step(eqx.Module):
         index: number of the step on its grid, or None.
         notes: what the previous step left for the maps inside the denoiser, by slot.
         shared: of a population, the step's key that all particles see; or None.
+        num_steps: of the grid, or None.
     """
 
     t: Array
@@ -44,6 +45,7 @@ class Step(eqx.Module):
     index: Array | None = None
     notes: dict[int, PyTree] = eqx.field(default_factory=dict)
     shared: PRNGKeyArray | None = None
+    num_steps: int | None = eqx.field(static=True, default=None)
 
     @property
     def axes(self) -> "Step":
@@ -51,7 +53,7 @@ class Step(eqx.Module):
         own = 0 if jnp.ndim(self.t) else None
         # Axes in place of arrays.
         axes: Any = Step
-        return axes(own, own, 0, own, 0, None, 0, None)
+        return axes(own, own, 0, own, 0, None, 0, None, self.num_steps)
 
 
 class Stepwise(DenoiserMap):
@@ -145,7 +147,8 @@ def at_step(denoiser: Denoiser, step: Step) -> Denoiser:
     def bind(node):
         slot = next(slots)
         key = None if step.key is None else jax.random.fold_in(step.key, _FIRST_SLOT + slot)
-        own = Step(step.t, step.s, key, None, step.notes.get(slot), step.index)
+        memory = step.notes.get(slot)
+        own = Step(step.t, step.s, key, None, memory, step.index, num_steps=step.num_steps)
         return dataclasses.replace(node, bound=own, slot=slot)
 
     return _each(denoiser, bind)
@@ -171,6 +174,26 @@ def index_of(node: Stepwise) -> Array:
             "Sample on a grid of times."
         )
     return node.step.index
+
+
+def row_of(node: Stepwise, table: Array, argument: str) -> Array:
+    """The row of a table with one for each step, after checking its length where that is known.
+
+    Args:
+        node: the map whose table it is.
+        table: `(num_steps, ...)`.
+        argument: what an error calls it.
+
+    Raises:
+        ValueError: where steps have no number, or the grid has another one of them.
+    """
+    index, expected = index_of(node), node.step.num_steps
+    if expected is not None and len(table) != expected:
+        raise ValueError(
+            f"`{argument}` of `{type(node).__name__}` must have one row per step of the grid, "
+            f"{expected}, got {len(table)}. Sample on the grid it was made for."
+        )
+    return jax.lax.dynamic_index_in_dim(table, index, keepdims=False)
 
 
 def kept_notes(denoiser: Denoiser) -> dict[int, PyTree]:

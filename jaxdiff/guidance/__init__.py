@@ -17,6 +17,9 @@ from jaxdiff.guidance._corrected import Corrected as Corrected
 from jaxdiff.guidance._editing import Pasted as Pasted
 from jaxdiff.guidance._editing import edit_by_inversion as edit_by_inversion
 from jaxdiff.guidance._editing import sdedit as sdedit
+from jaxdiff.guidance._elucd import EluCD as EluCD
+from jaxdiff.guidance._elucd import EluCDSteps as EluCDSteps
+from jaxdiff.guidance._elucd import tempered_log_prob as tempered_log_prob
 from jaxdiff.guidance._event import EventGuidance as EventGuidance
 from jaxdiff.guidance._factorized import Factorized as Factorized
 from jaxdiff.guidance._factorized import FixedPart as FixedPart
@@ -24,6 +27,9 @@ from jaxdiff.guidance._independent import IndependentCondition as IndependentCon
 from jaxdiff.guidance._independent import TimeStepGuidance as TimeStepGuidance
 from jaxdiff.guidance._independent import UniformLabel as UniformLabel
 from jaxdiff.guidance._interval import LimitedInterval as LimitedInterval
+from jaxdiff.guidance._linear_adaptive import LinearAdaptiveGuidance as LinearAdaptiveGuidance
+from jaxdiff.guidance._linear_adaptive import LinearGuidanceFit as LinearGuidanceFit
+from jaxdiff.guidance._linear_adaptive import fit_linear_guidance as fit_linear_guidance
 from jaxdiff.guidance._loss import LossGuidance as LossGuidance
 from jaxdiff.guidance._loss import ManifoldPreserving as ManifoldPreserving
 from jaxdiff.guidance._loss import Universal as Universal
@@ -36,6 +42,9 @@ from jaxdiff.guidance._mcmc import Point as Point
 from jaxdiff.guidance._mcmc import Target as Target
 from jaxdiff.guidance._particle import ParticleGuidance as ParticleGuidance
 from jaxdiff.guidance._perturbed_attention import PerturbedAttention as PerturbedAttention
+from jaxdiff.guidance._policy import GuidancePolicy as GuidancePolicy
+from jaxdiff.guidance._policy import PolicySearch as PolicySearch
+from jaxdiff.guidance._policy import search_policy as search_policy
 from jaxdiff.guidance._posterior_sampling import DPS as DPS
 from jaxdiff.guidance._posterior_sampling import FreeDoM as FreeDoM
 from jaxdiff.guidance._projected import AdaptiveProjected as AdaptiveProjected
@@ -47,10 +56,17 @@ from jaxdiff.guidance._scale import LinearScale as LinearScale
 from jaxdiff.guidance._scale import PairRule as PairRule
 from jaxdiff.guidance._scale import ScaleSchedule as ScaleSchedule
 from jaxdiff.guidance._self_attention import SelfAttention as SelfAttention
+from jaxdiff.guidance._semantic import SemanticGuidance as SemanticGuidance
 from jaxdiff.guidance._smoothed_energy import SmoothedEnergy as SmoothedEnergy
 from jaxdiff.guidance._steered import steered as steered
 from jaxdiff.guidance._svdd import SVDD as SVDD
+from jaxdiff.guidance._training_free import DecreasingStrength as DecreasingStrength
+from jaxdiff.guidance._training_free import GridStrength as GridStrength
+from jaxdiff.guidance._training_free import IncreasingStrength as IncreasingStrength
+from jaxdiff.guidance._training_free import NoiseStrength as NoiseStrength
 from jaxdiff.guidance._training_free import TrainingFree as TrainingFree
+from jaxdiff.guidance._training_free_search import StrengthSearch as StrengthSearch
+from jaxdiff.guidance._training_free_search import search_training_free as search_training_free
 from jaxdiff.guidance._tree_sampling import Tree as Tree
 from jaxdiff.guidance._tree_sampling import TreeSamples as TreeSamples
 from jaxdiff.guidance._tree_sampling import tree_sample as tree_sample

@@ -16,6 +16,7 @@ from jaxdiff.guidance._training_free import (
     Strength,
     check_scalar,
     check_strength,
+    planned,
     strength_at,
     with_cond,
 )
@@ -90,7 +91,7 @@ class FreeDoM(SolverWrapper):
     Args:
         base: a solver that steps from an estimate.
         energy: `(x0, y) -> E`, a scalar of one example; a pytree.
-        rho: strength, a number or a function of the process, t, s and the gradient's norm.
+        rho: strength, of the kinds that `TrainingFree` takes.
 
     Raises:
         ValueError: without "y", or for an energy that is no scalar.
@@ -112,6 +113,10 @@ class FreeDoM(SolverWrapper):
         """The base's."""
         return self.base.stochastic
 
+    def own_plan(self, problem: Problem) -> dict[str, Array]:
+        """The strength, where it depends on the grid."""
+        return planned(problem, rho=self.rho)
+
     def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
         y, rest = take(problem.cond, "y", by="FreeDoM")
@@ -123,5 +128,5 @@ class FreeDoM(SolverWrapper):
 
         slope, found = jax.grad(value, has_aux=True)(x)
         moved = self.advance_base(problem, x, step, found)
-        rho = strength_at(self.rho, problem.process, step, norm(slope))
+        rho = strength_at("rho", self.rho, problem.process, step, norm(slope))
         return moved._replace(x=(moved.x - rho * slope).astype(x.dtype))

@@ -1,6 +1,7 @@
 """Training-free guidance: gradients of what is wanted of x0, in one frame."""
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -18,21 +19,112 @@ from jaxdiff.solvers import DDIM, DiffusionSolver, SolverWrapper
 from jaxdiff.solvers._base import Moved, Problem
 from jaxdiff.stepwise import Step
 
-# How far to follow a gradient at a step from t to s: a number, or a function of the process, t, s
-# and the norm of the gradient.
-Strength: TypeAlias = Number | Callable[[GaussianProcess, Array, Array, Array], Array]
+
+class GridStrength(eqx.Module):
+    """A strength that depends on the whole grid: one number for each of its steps."""
+
+    @abstractmethod
+    def over(self, process: GaussianProcess, times: Array) -> Array:
+        """Strengths of the steps, `(num_steps,)`, of a grid of times `(num_steps + 1,)`."""
 
 
-def strength_at(strength: Strength, process: GaussianProcess, step: Step, length: Array) -> Number:
-    """The strength at a step, for a gradient of such a norm."""
+# How far to follow a gradient at a step from t to s: a number; a function of the process, t, s and
+# the norm of the gradient; or a table of the grid.
+StrengthFunction: TypeAlias = Callable[[GaussianProcess, Array, Array, Array], Array]
+Strength: TypeAlias = Number | StrengthFunction | GridStrength
+
+
+def _shared_out(strength: Number, weights: Array) -> Array:
+    """Strengths in these proportions, of a mean over steps."""
+    return strength * weights / jnp.mean(weights)
+
+
+class IncreasingStrength(GridStrength):
+    """In proportion to (alpha_t / alpha_s)^2, with a given mean over the steps: more near data.
+
+    Args:
+        strength: the mean.
+
+    Reference: Ye, Lin, Han, Xu, Liu, Liang, Zhang, Ermon, "TFG: Unified Training-Free Guidance for
+    Diffusion Models", 2024, arXiv 2409.15761; as of its code, where alpha_t is of one step.
+    """
+
+    strength: Number = number(1.0)
+
+    def __check_init__(self):
+        check_number("strength", self.strength)
+
+    def over(self, process: GaussianProcess, times: Array) -> Array:
+        """See `GridStrength`."""
+        alpha = process.alpha(times)
+        return _shared_out(self.strength, (alpha[:-1] / alpha[1:]) ** 2)
+
+
+class DecreasingStrength(GridStrength):
+    """In proportion to 1 - (alpha_t / alpha_s)^2, with a given mean over the steps: more in noise.
+
+    For processes whose alpha falls.
+
+    Args:
+        strength: the mean.
+
+    Reference: as of `IncreasingStrength`.
+    """
+
+    strength: Number = number(1.0)
+
+    def __check_init__(self):
+        check_number("strength", self.strength)
+
+    def over(self, process: GaussianProcess, times: Array) -> Array:
+        """See `GridStrength`."""
+        alpha = process.alpha(times)
+        return _shared_out(self.strength, 1 - (alpha[:-1] / alpha[1:]) ** 2)
+
+
+class NoiseStrength(eqx.Module):
+    """strength sigma_t: for the smoothing of `TrainingFree`, which falls with the noise.
+
+    Args:
+        strength: the number.
+
+    Reference: as of `IncreasingStrength`.
+    """
+
+    strength: Number = number(1.0)
+
+    def __check_init__(self):
+        check_number("strength", self.strength)
+
+    def __call__(self, process: GaussianProcess, t: Array, s: Array, length: Array) -> Array:
+        """The strength of a step from t to s; the gradient's norm does not matter."""
+        del s, length
+        return self.strength * process.sigma(t)
+
+
+def planned(problem: Problem, **strengths: Strength | None) -> dict[str, Array]:
+    """Tables of those strengths that depend on the grid, by name: a part of a wrapper's plan."""
+    return {
+        name: strength.over(problem.process, problem.times)
+        for name, strength in strengths.items()
+        if isinstance(strength, GridStrength)
+    }
+
+
+def strength_at(
+    name: str, strength: Strength, process: GaussianProcess, step: Step, length: Array
+) -> Number:
+    """The strength at a step of a wrapper, for a gradient of such a norm."""
+    if isinstance(strength, GridStrength):
+        return step.plan.own[name]
     if not callable(strength):
         return strength
     return strength(process, step.t, step.s, length)
 
 
 def check_strength(argument: str, strength: Any) -> None:
-    """Reject what is neither a number nor a function."""
-    if not callable(strength):
+    """Reject what is no number, function or table."""
+    if not callable(strength) and not isinstance(strength, GridStrength):
         check_number(argument, strength)
 
 
@@ -93,9 +185,11 @@ class TrainingFree(SolverWrapper):
     Args:
         base: a solver that steps from an estimate.
         log_prob: `(x0, y) -> log f(y | x0)`, a scalar of one clean example; a pytree.
-        rho: strength through the denoiser; None leaves it out, and the network's backward pass.
-        mu: strength beside it.
-        smoothing: standard deviation of the draws, a number or a function.
+        rho: strength through the denoiser: a number, a function of the process, t, s and the norm
+            of the gradient, or a `GridStrength` such as `IncreasingStrength(1.0)`, the paper's;
+            None leaves it out, and the network's backward pass.
+        mu: strength beside it, of the same kinds; smoothing, too, whose paper's is `NoiseStrength`.
+        smoothing: standard deviation of the draws.
         draws: n; 0 takes f itself.
         iterations: of d; 0 leaves it out.
         keep_eps: whether d moves x0 alone, and not the noise with it.
@@ -104,7 +198,8 @@ class TrainingFree(SolverWrapper):
         ValueError: without "y", or for a log_prob that is no scalar.
 
     Reference: Ye, Lin, Han, Xu, Liu, Liang, Zhang, Ermon, "TFG: Unified Training-Free Guidance for
-    Diffusion Models", 2024, arXiv 2409.15761, algorithm 1. Its schedules are functions here.
+    Diffusion Models", 2024, arXiv 2409.15761, algorithm 1. `search_training_free` looks for its
+    strengths.
     """
 
     base: DiffusionSolver = DDIM()
@@ -128,6 +223,10 @@ class TrainingFree(SolverWrapper):
         """Whether the base draws, or f is smoothed."""
         return self.base.stochastic or self.draws > 0
 
+    def own_plan(self, problem: Problem) -> dict[str, Array]:
+        """Strengths that depend on the grid."""
+        return planned(problem, rho=self.rho, mu=self.mu, smoothing=self.smoothing)
+
     def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
         y, rest = take(problem.cond, "y", by=type(self).__name__)
@@ -135,7 +234,7 @@ class TrainingFree(SolverWrapper):
         process = problem.process
         log_prob = self.log_prob
         if self.draws:
-            size = strength_at(self.smoothing, process, step, jnp.zeros(()))
+            size = strength_at("smoothing", self.smoothing, process, step, jnp.zeros(()))
             log_prob = smoothed(log_prob, jax.random.fold_in(step.key, 1), size, self.draws)
 
         def through(x):
@@ -146,14 +245,14 @@ class TrainingFree(SolverWrapper):
             found, shift = problem.estimate(x, step.t), jnp.zeros_like(x)
         else:
             slope, found = jax.grad(through, has_aux=True)(x)
-            rho = strength_at(self.rho, process, step, norm(slope))
+            rho = strength_at("rho", self.rho, process, step, norm(slope))
             ratio = process.alpha(step.s) / process.alpha(step.t)
             shift = ratio * rho * slope
         clean = jax.lax.stop_gradient(found.x0)
         beside = jnp.zeros_like(clean)
         for _ in range(self.iterations):
             slope = jax.grad(lambda d: check_scalar(log_prob(clean + d, y)))(beside)
-            mu = strength_at(self.mu, process, step, norm(slope))
+            mu = strength_at("mu", self.mu, process, step, norm(slope))
             beside = beside + (mu * slope).astype(clean.dtype)
         moved = self.advance_base(problem, x, step, found)
         alpha_s, reach = process.alpha(step.s), process.alpha(step.s)

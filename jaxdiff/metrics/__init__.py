@@ -6,6 +6,11 @@ They couple a batch, and take samples or features with a leading axis.
 from jaxdiff.metrics._accuracy import accuracy as accuracy
 from jaxdiff.metrics._c2st import TwoSampleTest as TwoSampleTest
 from jaxdiff.metrics._c2st import c2st as c2st
+from jaxdiff.metrics._calibration import TrajectoryCalibration as TrajectoryCalibration
+from jaxdiff.metrics._calibration import brier_score as brier_score
+from jaxdiff.metrics._calibration import calibration_error as calibration_error
+from jaxdiff.metrics._calibration import negative_log_likelihood as negative_log_likelihood
+from jaxdiff.metrics._calibration import trajectory_calibration as trajectory_calibration
 from jaxdiff.metrics._embeddings import ClassEmbedding as ClassEmbedding
 from jaxdiff.metrics._embeddings import Embedding as Embedding
 from jaxdiff.metrics._embeddings import MeanEmbedding as MeanEmbedding

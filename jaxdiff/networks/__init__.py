@@ -12,6 +12,8 @@ anew and no checkpoint fits:
 """
 
 from jaxdiff.networks._classifier import ConvClassifier as ConvClassifier
+from jaxdiff.networks._classifier import Softplus as Softplus
+from jaxdiff.networks._classifier import softened as softened
 from jaxdiff.networks._dit import DIT_SIZES as DIT_SIZES
 from jaxdiff.networks._dit import DiT as DiT
 from jaxdiff.networks._inception import InceptionV3 as InceptionV3

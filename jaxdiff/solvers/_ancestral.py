@@ -6,6 +6,7 @@ from jaxtyping import Array
 from jaxdiff._checks import check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Estimate
+from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._base import GaussianSolver, Problem
 from jaxdiff.stepwise import Step
 
@@ -15,11 +16,16 @@ def ancestral_kernel(
 ) -> tuple[Array, Array]:
     """Mean and standard deviation of p(x_s | x_t), `variance` as in `Ancestral`."""
     process, t, s = problem.process, step.t, step.s
-    mean, std = process.posterior(estimate.x0, estimate.eps, t, s)
+    mean, _ = process.posterior(estimate.x0, estimate.eps, t, s)
+    return mean, ancestral_std(process, t, s, variance)
+
+
+def ancestral_std(process: GaussianProcess, t: Array, s: Array, variance: Array | float) -> Array:
+    """Standard deviation of the noise of a step from t to s, `variance` as in `Ancestral`."""
     # The interpolated std is that of the posterior times (sigma_t / sigma_s)^v; 0 at sigma_s = 0.
     sigma = process.sigma(s)
     ratio = process.sigma(t) / jnp.where(sigma > 0, sigma, 1.0)
-    return mean, std * ratio**variance
+    return process.posterior_std(t, s) * ratio**variance
 
 
 class Ancestral(GaussianSolver):

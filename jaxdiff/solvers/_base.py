@@ -93,7 +93,10 @@ class Problem(eqx.Module):
             return jax.lax.dynamic_index_in_dim(rows, index, self.times.ndim - 1, keepdims=False)
 
         t, s, plan = jax.tree.map(row, (self.times[..., :-1], self.times[..., 1:], self.plan))
-        return Step(t, s, draw(self.key), plan, memory, index, notes or {}, draw(self.shared))
+        keys = draw(self.key), draw(self.shared)
+        return Step(
+            t, s, keys[0], plan, memory, index, notes or {}, keys[1], num_steps=self.num_steps
+        )
 
     def estimate(self, x: Array, t: Array) -> Estimate:
         """The denoiser's estimate at (x, t): one evaluation."""

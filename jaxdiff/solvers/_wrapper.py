@@ -144,7 +144,9 @@ class SolverWrapper(DiffusionSolver):
         def move(carry, row):
             x, nfe, notes = carry
             t, s, i, plan = row
-            own = Step(t, s, _key(step.key, i), plan, None, step.index, notes)
+            own = Step(
+                t, s, _key(step.key, i), plan, None, step.index, notes, num_steps=step.num_steps
+            )
             moved = self.base.take(inner, x, own)
             return (moved.x, nfe + moved.nfe, moved.notes), None
 

@@ -48,6 +48,10 @@ def towards(x, t, y):
     return -jnp.sum((x - y) ** 2) / 8
 
 
+def scores(x):
+    return jnp.stack([x[0], 2 * x[1], x[0] * x[1]])
+
+
 def close(x0, y):
     return -jnp.sum((x0 - y) ** 2)
 
@@ -80,6 +84,16 @@ MAPS = {
         lambda base: guidance.AdaptiveGuidance(base, null_cond=2, scale=3.0, agreement=0.98),
         None, None,
     ),
+    "GuidancePolicy": (
+        lambda base: guidance.GuidancePolicy(base, 2, jnp.asarray([3.0, 1.0, 0.5, 0.0, 2.0])), 8, 5,
+    ),
+    "LinearAdaptiveGuidance": (
+        lambda base: guidance.LinearAdaptiveGuidance(
+            base, 2, jnp.tile(jnp.asarray([0.9, -0.3]), (5, 1)), jnp.full((5, 1), 0.3),
+            jnp.asarray([2, 1, 2, 1, 0]), 2.0,
+        ),
+        7, 5,
+    ),
     "IndependentCondition": (
         lambda base: guidance.IndependentCondition(base, guidance.UniformLabel(2), 2.0), 10, 5,
     ),
@@ -87,6 +101,7 @@ MAPS = {
     "ClassifierGuidance": (
         lambda base: guidance.ClassifierGuidance(base, jax.tree_util.Partial(towards), 0.3), 5, 5,
     ),
+    "EluCD": (lambda base: guidance.EluCD(base, jax.tree_util.Partial(scores), 2.0), 5, 5),
     "EventGuidance": (
         lambda base: guidance.EventGuidance(base, jax.tree_util.Partial(centred), std=0.5), 5, 5,
     ),
@@ -102,6 +117,12 @@ MAPS = {
     ),
     "Composable": (
         lambda base: guidance.Composable(base, null_cond=2, count=2, scale=1.5), 15, 5,
+    ),
+    "SemanticGuidance": (
+        lambda base: guidance.SemanticGuidance(
+            base, null_cond=2, count=2, scale=1.5, quantile=0.4, warm_up=1
+        ),
+        20, 5,
     ),
     "NegativePrompt": (lambda base: guidance.NegativePrompt(base, 2.0), 10, 5),
     "Conditioned": (
@@ -135,6 +156,9 @@ def cond_of(name, count=COUNT):
     if name == "Composable":
         both = jnp.tile(jnp.arange(2), (count, 1))
         cond |= {"concepts": both, "weights": jnp.tile(jnp.asarray([1.0, -0.2]), (count, 1))}
+    if name == "SemanticGuidance":
+        both = jnp.tile(jnp.arange(2), (count, 1))
+        cond |= {"edits": both, "edit_weights": jnp.tile(jnp.asarray([0.3, -0.1]), (count, 1))}
     if name == "NegativePrompt":
         cond["negative"] = 1 - cond["label"]
     if name == "Factorized":
@@ -146,6 +170,8 @@ def cond_of(name, count=COUNT):
         cond["known"] = rows
     if name in ("Universal", *wanting):
         cond["y"] = rows
+    if name == "EluCD":
+        cond["y"] = jnp.arange(count)
     return cond
 
 

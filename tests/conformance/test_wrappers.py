@@ -78,6 +78,7 @@ def test_no_wrapper_is_missing():
     # These ask for data of the example, or for a base that draws; tests of their own.
     public -= {guidance.TrainingFree, guidance.DPS, guidance.FreeDoM, guidance.SVDD}
     public -= {guidance.Pasted}
+    public -= {guidance.EluCDSteps}
     assert public <= {type(build(solvers.DDIM())) for build, _, _ in WRAPPERS.values()}
 
 
