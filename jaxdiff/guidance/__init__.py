@@ -24,6 +24,12 @@ from jaxdiff.guidance._independent import IndependentCondition as IndependentCon
 from jaxdiff.guidance._independent import TimeStepGuidance as TimeStepGuidance
 from jaxdiff.guidance._independent import UniformLabel as UniformLabel
 from jaxdiff.guidance._interval import LimitedInterval as LimitedInterval
+from jaxdiff.guidance._invariant import Blended as Blended
+from jaxdiff.guidance._invariant import GroupingLoss as GroupingLoss
+from jaxdiff.guidance._invariant import GroupWeights as GroupWeights
+from jaxdiff.guidance._invariant import InvariantLoss as InvariantLoss
+from jaxdiff.guidance._invariant import example_losses as example_losses
+from jaxdiff.guidance._invariant import group_weights as group_weights
 from jaxdiff.guidance._loss import LossGuidance as LossGuidance
 from jaxdiff.guidance._loss import ManifoldPreserving as ManifoldPreserving
 from jaxdiff.guidance._loss import Universal as Universal
