@@ -18,6 +18,9 @@ from jaxdiff.guidance._editing import Pasted as Pasted
 from jaxdiff.guidance._editing import edit_by_inversion as edit_by_inversion
 from jaxdiff.guidance._editing import sdedit as sdedit
 from jaxdiff.guidance._event import EventGuidance as EventGuidance
+from jaxdiff.guidance._experts import Experts as Experts
+from jaxdiff.guidance._experts import PlugAndPlayLoss as PlugAndPlayLoss
+from jaxdiff.guidance._experts import make_experts as make_experts
 from jaxdiff.guidance._factorized import Factorized as Factorized
 from jaxdiff.guidance._factorized import FixedPart as FixedPart
 from jaxdiff.guidance._independent import IndependentCondition as IndependentCondition

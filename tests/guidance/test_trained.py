@@ -1,15 +1,30 @@
 """Guidance by small networks that are trained for it, where what they learn is known."""
 
+import dataclasses
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import gaussian
+from cases import gaussian, with_random_weights
+from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 
 import jaxdiff
-from jaxdiff import guidance, losses, oracles, parallel, predictions, processes
+from jaxdiff import (
+    finetuning,
+    guidance,
+    losses,
+    networks,
+    oracles,
+    parallel,
+    predictions,
+    processes,
+)
 from jaxdiff.training import Player, init_train_state, make_train_step
 
 KEY = jax.random.key(0)
@@ -223,3 +238,168 @@ def test_errors_of_groups():
     for make in (guidance.InvariantLoss, guidance.GroupingLoss):
         with pytest.raises(ValueError, match="at least 0"):
             make(-1.0)
+
+
+# --- a clean classifier's experts
+
+TABLE = processes.Tabulated(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+EDGES = np.arange(6) / 5
+
+
+def exact_slope(t):
+    """Of the log-odds of two classes N(+-1, 1/4), of which x_t at time t is seen."""
+    alpha, sigma = np.asarray(TABLE.alpha(t)), np.asarray(TABLE.sigma(t))
+    return 2 * alpha / (alpha**2 / 4 + sigma**2)
+
+
+def clean_classifier():
+    """log-odds 8 x, exact at t = 0."""
+    linear = eqx.nn.Linear(1, 2, key=KEY)
+    return eqx.tree_at(
+        lambda m: (m.weight, m.bias), linear, (jnp.asarray([[4.0], [-4.0]]), jnp.zeros(2))
+    )
+
+
+def two_classes(key, count):
+    signs = jnp.where(jnp.arange(count) % 2, 1.0, -1.0)
+    return (signs + 0.5 * jax.random.normal(key, (count,)))[:, None]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Experts after training, and the loss on the way."""
+    experts = guidance.make_experts(clean_classifier(), TABLE, KEY, rank=1)
+    player = Player(
+        experts,
+        guidance.PlugAndPlayLoss(),
+        optax.adam(optax.cosine_decay_schedule(0.1, 300)),
+        trainable=lambda experts: experts.learned,
+    )
+    step, state = make_train_step({"model": player}), init_train_state({"model": player}, KEY)
+    x = jax.vmap(two_classes, (0, None))(jax.random.split(KEY, 300), 2000)
+    seen = []
+    for batch in x:
+        state, metrics = step(state, {"x": batch})
+        seen.append(metrics["loss"])
+    return state.players["model"].model, np.asarray(seen)
+
+
+def best_slope(low, high):
+    """Of one linear classifier for a range of times, and its cross-entropy, by quadrature."""
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    t = low + (high - low) * (np.arange(100) + 0.5) / 100
+    alpha, sigma = np.asarray(TABLE.alpha(t)), np.asarray(TABLE.sigma(t))
+    x = alpha[:, None] + np.sqrt(alpha**2 / 4 + sigma**2)[:, None] * points
+
+    def cross_entropy(slope):  # of the class of +1; that of -1 is its mirror image
+        return np.logaddexp(0, -slope * x).mean(0) @ weights / weights.sum()
+
+    found = minimize_scalar(cross_entropy, bounds=(0, 10), method="bounded")
+    return found.x, found.fun
+
+
+def test_experts_learn_the_best_classifier_of_their_range(trained):
+    experts, seen = trained
+    middles = (EDGES[1:] + EDGES[:-1]) / 2
+    logits = jax.jit(jax.vmap(experts, (None, 0)))(jnp.ones(1), jnp.asarray(middles))
+    zero = jax.jit(jax.vmap(experts, (None, 0)))(jnp.zeros(1), jnp.asarray(middles))
+    slopes = (logits - zero) @ np.array([1.0, -1.0])
+    best = np.array([best_slope(*ends) for ends in zip(EDGES[:-1], EDGES[1:], strict=True)])
+    assert_allclose(slopes, best[:, 0], rtol=0.04, atol=0.03)
+    # The clean classifier's is the entropy that the teacher has.
+    clean = best_slope(0.0, 0.0)
+    assert_allclose(clean[0], 8, rtol=1e-3)
+    assert_allclose(seen[-50:].mean(), best[:, 1].mean() - clean[1], rtol=0.01)
+    assert seen[0] > 3 * seen[-50:].mean()
+    # Off by the ratio of slopes in a range at most; the clean classifier by 25 at step 600.
+    at = exact_slope(np.array([0, 101, 201, 401, 601, 801, 1000]) / 1000)
+    assert_allclose(at, [8.0, 5.76, 3.19, 1.03, 0.326, 0.078, 0.013], rtol=0.03)
+    assert_allclose(exact_slope(0.601), exact_slope(0.6), rtol=0.01)
+    assert 24 < 8 / at[4] < 25.5
+    ends = exact_slope(EDGES)
+    assert np.all((slopes < ends[:-1])[:4] & (slopes > ends[1:])[:4])
+    # What learned is the adapters and biases alone.
+    assert_array_equal(experts.classifier.weight, clean_classifier().weight)
+
+
+def test_guidance_by_experts_is_nearer_to_the_conditional_law(trained):
+    """At step 600, the estimate under a class; the clean classifier's is off many times more."""
+    experts, _ = trained
+    laws = oracles.gaussian_mixture(
+        TABLE, jnp.asarray([[1.0], [-1.0]]), jnp.full((2, 1, 1), 0.25), labels=[0, 1]
+    )
+    t, x = jnp.asarray(0.601), jnp.linspace(-1.5, 1.5, 7)[:, None]
+    clean = eqx.tree_at(lambda e: e.learned, experts, replace_fn=jnp.zeros_like)
+
+    @jax.jit
+    def errors(experts):
+        guided = guidance.ClassifierGuidance(laws, experts.log_prob)
+        exact = jax.vmap(lambda x: laws(x, t, 0))(x)
+        found = jax.vmap(lambda x: guided(x, t, {"y": jnp.asarray(0)}))(x)
+        return jnp.max(jnp.abs(found - exact))
+
+    assert errors(experts) < 0.1 * errors(clean)
+
+
+def test_ranges_of_experts_have_their_lower_end():
+    experts = guidance.make_experts(clean_classifier(), TABLE, KEY, count=5)
+    t = jnp.concatenate([experts.edges, jnp.nextafter(experts.edges, 0.0), jnp.asarray([0, 1.0])])
+    assert_array_equal(experts.index(t), [1, 2, 3, 4, 0, 1, 2, 3, 0, 4])
+    assert_allclose(experts.edges, EDGES[1:-1], rtol=1e-6)
+    alone = guidance.make_experts(clean_classifier(), TABLE, KEY, count=1)
+    assert_array_equal(alone.index(t), np.zeros(10))
+
+
+def test_divergences_of_experts_are_exact(x64):
+    """Of a convolutional classifier, against its own answers with each expert's weights by hand."""
+    rng = np.random.default_rng(0)
+    network = with_random_weights(
+        lambda: networks.ConvClassifier(
+            image_size=4, in_channels=1, num_classes=3, channels=2, features=4,
+            param_dtype=jnp.float64, rngs=nnx.Rngs(0),
+        )
+    )  # fmt: skip
+    experts = guidance.make_experts(network, processes.VP(), KEY, count=3, rank=2)
+    x = jnp.asarray(rng.normal(size=(6, 4, 4, 1)))
+
+    def drawn(key, u, x0, cond):
+        t = losses.UniformTime().quantile(processes.VP(), u)
+        return t, processes.VP().noise(key, x0, t), network(x0)
+
+    @jax.jit
+    def run(experts, temperature):
+        loss = guidance.PlugAndPlayLoss(temperature)
+        times, noisy, teacher = losses.each_example(drawn, KEY, {"x": x})
+        adapters = [jax.tree.map(lambda leaf, i=i: leaf[i], experts.adapters) for i in range(3)]
+        answers = []
+        for i, adapter in enumerate(adapters):
+            own = finetuning.merge(network, adapter)
+            own.last.bias = nnx.Param(own.last.bias[...] + experts.biases["last/bias"][i])
+            answers.append(jax.vmap(own)(noisy))
+        return loss(experts, KEY, {"x": x}, {}), times, teacher, jnp.stack(answers)
+
+    moved = jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape)), experts.learned)
+    moved = eqx.tree_at(lambda e: e.learned, experts, moved)
+    other = {name: 0 * shift for name, shift in moved.biases.items() if name != "last/bias"}
+    moved = dataclasses.replace(moved, biases=moved.biases | other)
+    (value, metrics), times, teacher, answers = run(moved, 0.25)
+    log = lambda logits: logits - logsumexp(logits, -1, keepdims=True)
+    expert = np.digitize(times, [1 / 3, 2 / 3])
+    assert set(expert) == {0, 1, 2}
+    p, q = log(teacher / 0.25), log(np.asarray(answers)[expert, np.arange(6)])
+    assert_allclose(value, np.sum(np.exp(p) * (p - q), 1).mean(), rtol=1e-9)
+    assert_allclose(metrics["agreement"], np.mean(p.argmax(1) == q.argmax(1)))
+    # New experts are the classifier.
+    assert_allclose(run(experts, 1.0)[3], jnp.broadcast_to(run(experts, 1.0)[3][0], (3, 6, 3)))
+
+
+def test_errors_of_experts():
+    loss = guidance.PlugAndPlayLoss()
+    with pytest.raises(ValueError, match="above 0"):
+        guidance.PlugAndPlayLoss(0.0)
+    with pytest.raises(TypeError, match="`experts` must be a Experts"):
+        loss(clean_classifier(), KEY, {"x": jnp.zeros((2, 1))}, {})
+    with pytest.raises(ValueError, match="`count` must be at least 1"):
+        guidance.make_experts(clean_classifier(), TABLE, KEY, count=0)
+    with pytest.raises(ValueError, match="`layers` must be found"):
+        guidance.make_experts(clean_classifier(), TABLE, KEY, layers="blocks")
