@@ -33,6 +33,8 @@ from jaxdiff.guidance._invariant import GroupWeights as GroupWeights
 from jaxdiff.guidance._invariant import InvariantLoss as InvariantLoss
 from jaxdiff.guidance._invariant import example_losses as example_losses
 from jaxdiff.guidance._invariant import group_weights as group_weights
+from jaxdiff.guidance._late_constraint import LateConstraint as LateConstraint
+from jaxdiff.guidance._late_constraint import LateConstraintLoss as LateConstraintLoss
 from jaxdiff.guidance._loss import LossGuidance as LossGuidance
 from jaxdiff.guidance._loss import ManifoldPreserving as ManifoldPreserving
 from jaxdiff.guidance._loss import Universal as Universal

@@ -11,6 +11,7 @@ anew and no checkpoint fits:
     changed = eqx.tree_at(lambda n: n.embedding.classes.embedding.get_raw_value(), network, new)
 """
 
+from jaxdiff.networks._aligner import TapAligner as TapAligner
 from jaxdiff.networks._classifier import ConvClassifier as ConvClassifier
 from jaxdiff.networks._dit import DIT_SIZES as DIT_SIZES
 from jaxdiff.networks._dit import DiT as DiT

@@ -179,6 +179,7 @@ def test_no_map_is_missing():
     public -= {geometry.TimedOffset, guidance.TimeStepGuidance, guidance.ConditionAnnealed}
     # One asks for densities, one for images; tests of their own.
     public -= {guidance.Mixture, guidance.UpsampleGuidance}
+    public -= {guidance.LateConstraint}
     public -= {guidance.PerturbedAttention, guidance.SmoothedEnergy, guidance.SelfAttention}
     assert public <= {type(build(base())) for build, *_ in MAPS.values()}
 

@@ -403,3 +403,229 @@ def test_errors_of_experts():
         guidance.make_experts(clean_classifier(), TABLE, KEY, count=0)
     with pytest.raises(ValueError, match="`layers` must be found"):
         guidance.make_experts(clean_classifier(), TABLE, KEY, layers="blocks")
+
+
+# --- images read out of activations
+
+MATRIX = np.array([[1.0, -0.5, 0.3], [0.2, 0.4, 1.0]])
+POINT = np.array([0.3, -0.2, 0.9])
+
+
+class Open(eqx.Module):
+    """A linear network whose activation is what it is given."""
+
+    matrix: jax.Array
+
+    def __call__(self, x, t, cond=None, *, key=None, tap=None):
+        h = x if tap is None else tap("in", x)
+        h = self.matrix.astype(x.dtype) @ h
+        return h if tap is None else tap("out", h)
+
+
+class Reader(eqx.Module):
+    """A linear aligner."""
+
+    matrix: jax.Array
+
+    def __call__(self, taps, t):
+        return self.matrix.astype(taps["in"].dtype) @ taps["in"]
+
+
+def opened(process=None):
+    network = Open(jnp.asarray(np.random.default_rng(0).normal(size=(3, 3))))
+    return jaxdiff.NetworkDenoiser(network, processes.VP() if process is None else process)
+
+
+def test_late_constraints_are_steps_of_their_length(x64):
+    """The rule in eps, by hand; classifier guidance; and that of another frame of x."""
+    base, aligner = opened(), Reader(jnp.asarray(MATRIX))
+    x, t, y = jnp.asarray(POINT), jnp.asarray(0.6), jnp.asarray([0.7, -0.3])
+    alpha, sigma = (float(f(t)) for f in (base.process.alpha, base.process.sigma))
+    assert_allclose(alpha**2 + sigma**2, 1)
+    log_prob = jax.tree_util.Partial(lambda x, t, y: -jnp.mean((y - jnp.asarray(MATRIX) @ x) ** 2))
+    traces = []
+
+    @jax.jit
+    def answers(scale, weight):
+        traces.append(1)
+        guided = guidance.LateConstraint(base, aligner, ("in",), scale)
+        other = guidance.ClassifierGuidance(base, log_prob, weight)
+        cond = {"y": y}
+        return base.predict(predictions.Eps(), x, t), guided(x, t, cond), other(x, t, cond)
+
+    eps = np.asarray(base.network.matrix) @ POINT
+    slope = -MATRIX.T @ (np.asarray(y) - MATRIX @ POINT)  # of a mean of two squares
+    for scale in (2.0, 0.5, 0.0):
+        length = scale * np.linalg.norm(eps - POINT) / np.linalg.norm(slope)
+        found_eps, found, other = answers(scale, length / sigma)
+        assert_allclose(found_eps, eps, rtol=1e-12)
+        assert_allclose(found, (POINT - sigma * (eps + length * slope)) / alpha, rtol=1e-9)
+        assert_allclose(other, found, rtol=1e-9)
+    assert len(traces) == 1
+
+    @jax.jit
+    def in_frames():
+        """Of networks that see x in the frame of `process`, but are the same model."""
+        flow = processes.RectifiedFlow()
+        s = flow.time(base.process.log_snr(t))
+        spread = jnp.hypot(flow.alpha(s), flow.sigma(s))
+        same = opened(flow)
+        same = eqx.tree_at(lambda d: d.network.matrix, same, same.network.matrix / spread)
+        reader = Reader(jnp.asarray(MATRIX) / spread)
+        guided = guidance.LateConstraint(same, reader, ("in",), t_low=0.0)
+        first = guidance.LateConstraint(base, aligner, ("in",))
+        return guided(spread * x, s, {"y": y}), first(x, t, {"y": y})
+
+    assert_allclose(*in_frames(), rtol=1e-9)
+
+
+def test_late_constraints_end(x64):
+    """At t_low the base's own answer, to the last bit, and no aligner is asked, in a sampler."""
+    base, seen = opened(), []
+
+    def asked(taps, t):
+        jax.debug.callback(lambda t: seen.append(np.asarray(t).ravel()), t)
+        return Reader(jnp.asarray(MATRIX))(taps, t)
+
+    guided = guidance.LateConstraint(base, jax.tree_util.Partial(asked), ("in",))
+    cond = {"y": jnp.tile(jnp.asarray([0.7, -0.3]), (3, 1))}
+    x, one = jnp.asarray(POINT), {"y": cond["y"][0]}
+    call = jax.jit(lambda denoiser, t, cond: denoiser(x, t, cond))
+    for t, same in ((0.5, True), (0.3, True), (np.nextafter(0.5, 1), False)):
+        found, plain = call(guided, t, one), call(base, t, None)
+        assert np.array_equal(found, plain) == same
+    jax.effects_barrier()
+    assert len(seen) == 1
+    seen.clear()
+    out = jaxdiff.sample(KEY, guided, (3,), 3, cond=cond, times=jnp.linspace(0.9, 0.0, 10))
+    jax.effects_barrier()
+    assert_allclose(np.unique(np.concatenate(seen)), 1000 * np.array([0.6, 0.7, 0.8, 0.9]))
+    assert np.all(out.nfe == 9)
+
+
+def test_activations_that_others_read_come_along(x64):
+    """And guidance goes around it and inside; in any precision."""
+    base = opened()
+    make = lambda base: guidance.LateConstraint(base, Reader(jnp.asarray(MATRIX)), ("in",))
+    x, cond = jnp.asarray(POINT), {"y": jnp.asarray([0.7, -0.3])}
+
+    @jax.jit
+    def run(t):
+        read = jaxdiff.reading(make(base), ("out",)).estimate(x, t, cond)
+        inside = make(guidance.CFGPlusPlus(base, null_cond={}))(x, t, cond)
+        low = make(base)(x.astype(jnp.bfloat16), t.astype(jnp.bfloat16), cond)
+        return make(base)(x, t, cond), read, inside, low, make(base).estimate(x, t, cond).taps
+
+    for t in (0.6, 0.4):
+        plain, read, inside, low, taps = run(jnp.asarray(t))
+        assert_allclose(read.x0, plain, rtol=1e-12)
+        assert list(read.taps) == ["out"] and not taps
+        assert_allclose(read.taps["out"], np.asarray(base.network.matrix) @ POINT, rtol=1e-12)
+        assert_allclose(inside, plain, rtol=1e-12)
+        assert low.dtype == jnp.bfloat16
+        assert_allclose(low.astype(float), plain, rtol=0.1, atol=0.1)
+
+
+class At(losses.TimeLaw):
+    """One time."""
+
+    t: float
+
+    def quantile(self, process, u):
+        return jnp.full_like(u, self.t)
+
+    def density(self, process, t):
+        return jnp.ones_like(t)
+
+
+def test_aligners_learn_the_conditional_mean():
+    """y = B x0 + n of x0 ~ N(0, I / 4): the mean and variance of y given x_t, at one time."""
+    base, t = opened(), jnp.asarray(0.15)
+    alpha, sigma = base.process.alpha(t), base.process.sigma(t)
+    gain = float(alpha / 4 / (alpha**2 / 4 + sigma**2))
+    left = float(sigma**2 / 4 / (alpha**2 / 4 + sigma**2))
+    floor = left * np.mean(np.sum(MATRIX**2, 1)) + 0.1**2
+    player = Player(
+        Reader(jnp.zeros((2, 3))),
+        guidance.LateConstraintLoss(("in",), At(0.15)),
+        optax.adam(optax.cosine_decay_schedule(0.05, 200)),
+        trainable=lambda reader: reader,
+    )
+    step, state = make_train_step({"model": player}), init_train_state({"model": player}, KEY)
+    seen = []
+    for n in range(200):
+        x_key, y_key = jax.random.split(jax.random.key(n))
+        x = jax.random.normal(x_key, (2000, 3)) / 2
+        y = x @ jnp.asarray(MATRIX, x.dtype).T + 0.1 * jax.random.normal(y_key, (2000, 2))
+        state, metrics = step(state, {"x": x, "cond": {"y": y}}, {"base": base})
+        seen.append(float(metrics["loss"]))
+    assert_allclose(state.players["model"].model.matrix, gain * MATRIX, atol=0.02)
+    assert_allclose(np.mean(seen[-50:]), floor, rtol=0.02)
+    assert_allclose(seen[0], np.mean(np.sum(MATRIX**2, 1)) / 4 + 0.1**2, rtol=0.05)
+    assert seen[0] > 1.8 * floor
+
+
+class Pyramid(eqx.Module):
+    """Activations of two sizes: x, and its means over blocks of 2 x 2."""
+
+    def __call__(self, x, t, cond=None, *, key=None, tap=None):
+        tap = networks.Tap() if tap is None else tap
+        tap("coarse", x.reshape(4, 2, 4, 2, 1).mean((1, 3)))
+        return tap("fine", x)
+
+
+def test_an_aligner_reads_activations_of_several_sizes():
+    """Means over blocks of white images, which one of the activations has: to their variance."""
+    base, t = jaxdiff.NetworkDenoiser(Pyramid(), processes.VP()), jnp.asarray(0.15)
+    alpha, sigma = base.process.alpha(t), base.process.sigma(t)
+    floor = float(sigma**2 / (alpha**2 + sigma**2)) / 4
+    taps = ("coarse", "fine")
+    aligner = networks.TapAligner(
+        {name: 1 for name in taps}, image_size=4, out_channels=1, hidden=8, rngs=nnx.Rngs(0)
+    )
+    player = Player(
+        aligner,
+        guidance.LateConstraintLoss(taps, At(0.15)),
+        optax.adam(optax.cosine_decay_schedule(0.03, 150)),
+        trainable=lambda aligner: aligner,
+    )
+    step, state = make_train_step({"model": player}), init_train_state({"model": player}, KEY)
+    seen = []
+    for n in range(150):
+        x = jax.random.normal(jax.random.key(n), (128, 8, 8, 1))
+        y = x.reshape(-1, 4, 2, 4, 2, 1).mean((2, 4))
+        state, metrics = step(state, {"x": x, "cond": {"y": y}}, {"base": base})
+        seen.append(float(metrics["loss"]))
+    assert 0.98 * floor < np.mean(seen[-20:]) < 1.1 * floor
+    assert seen[0] > 1.8 * floor
+    guided = guidance.LateConstraint(base, state.players["model"].model, taps, t_low=0.1)
+    found = jax.jit(lambda g, x, y: (g(x, t, {"y": y}), g.base(x, t)))(guided, x[0], y[1])
+    means = [image.reshape(4, 2, 4, 2).mean((1, 3)) for image in found]
+    assert np.mean((means[0] - y[1, ..., 0]) ** 2) < np.mean((means[1] - y[1, ..., 0]) ** 2)
+
+
+def test_errors_of_late_constraints():
+    base, reader = opened(), Reader(jnp.asarray(MATRIX))
+    x, t, key = jnp.zeros(3), jnp.asarray(0.6), KEY
+    with pytest.raises(ValueError, match="entries 'y' for LateConstraint"):
+        guidance.LateConstraint(base, reader, ("in",))(x, t)
+    with pytest.raises(ValueError, match="`y` must have the shape"):
+        guidance.LateConstraint(base, reader, ("in",))(x, t, {"y": jnp.zeros(3)})
+    with pytest.raises(ValueError, match="taps that the network does not have"):
+        guidance.LateConstraint(base, reader, ("mid",))(x, t, {"y": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="`taps` must be a tuple"):
+        guidance.LateConstraint(base, reader, "in")
+    with pytest.raises(TypeError, match="must hold a network"):
+        guidance.LateConstraint(gaussian(processes.VP()), reader, ("in",))
+    with pytest.raises(ValueError, match="'base'"):
+        guidance.LateConstraintLoss(("in",))(reader, key, {"x": x[None]}, {})
+    with pytest.raises(ValueError, match="'y' for LateConstraintLoss"):
+        guidance.LateConstraintLoss(("in",))(reader, key, {"x": x[None]}, {"base": base})
+    with pytest.raises(ValueError, match="one activation at least"):
+        networks.TapAligner({}, image_size=4, out_channels=1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="even and at least 4"):
+        networks.TapAligner({"in": 1}, image_size=4, out_channels=1, hidden=5, rngs=nnx.Rngs(0))
+    aligner = networks.TapAligner({"in": 3}, image_size=4, out_channels=1, rngs=nnx.Rngs(0))
+    for taps in ({"out": jnp.zeros((4, 4, 3))}, {"in": x}):
+        with pytest.raises(ValueError, match="`taps` must have 'in', an image"):
+            aligner(taps, t)
