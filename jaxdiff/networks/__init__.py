@@ -11,6 +11,7 @@ anew and no checkpoint fits:
     changed = eqx.tree_at(lambda n: n.embedding.classes.embedding.get_raw_value(), network, new)
 """
 
+from jaxdiff.networks._aligner import TapAligner as TapAligner
 from jaxdiff.networks._classifier import ConvClassifier as ConvClassifier
 from jaxdiff.networks._classifier import Softplus as Softplus
 from jaxdiff.networks._classifier import softened as softened

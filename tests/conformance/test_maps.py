@@ -98,6 +98,7 @@ MAPS = {
         lambda base: guidance.IndependentCondition(base, guidance.UniformLabel(2), 2.0), 10, 5,
     ),
     "Autoguidance": (lambda base: guidance.Autoguidance(base, Weaker(base), 2.0), 10, 10),
+    "Blended": (lambda base: guidance.Blended(base, Weaker(base), 0.3), 10, 10),
     "ClassifierGuidance": (
         lambda base: guidance.ClassifierGuidance(base, jax.tree_util.Partial(towards), 0.3), 5, 5,
     ),
@@ -204,6 +205,7 @@ def test_no_map_is_missing():
     public -= {geometry.TimedOffset, guidance.TimeStepGuidance, guidance.ConditionAnnealed}
     # One asks for densities, one for images; tests of their own.
     public -= {guidance.Mixture, guidance.UpsampleGuidance}
+    public -= {guidance.LateConstraint}
     public -= {guidance.PerturbedAttention, guidance.SmoothedEnergy, guidance.SelfAttention}
     assert public <= {type(build(base())) for build, *_ in MAPS.values()}
 
