@@ -5,6 +5,7 @@ from jaxdiff.guidance._annealed import ConditionAnnealed as ConditionAnnealed
 from jaxdiff.guidance._autoguidance import Autoguidance as Autoguidance
 from jaxdiff.guidance._cfg_plus_plus import CFGPlusPlus as CFGPlusPlus
 from jaxdiff.guidance._classifier import ClassifierGuidance as ClassifierGuidance
+from jaxdiff.guidance._classifier import NoisyClassifier as NoisyClassifier
 from jaxdiff.guidance._classifier_free import ClassifierFree as ClassifierFree
 from jaxdiff.guidance._composable import Composable as Composable
 from jaxdiff.guidance._composable import NegativePrompt as NegativePrompt
