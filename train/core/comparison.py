@@ -44,10 +44,14 @@ def held_out_metrics(
     known = of_features(
         classifier if seen else None, source, config.shared_dir / "features-of-data"
     )
-    found = {name: known[name] for name in names}
+    # Compiled once for all rows, whose samples are as many.
+    found: dict[str, Any] = {
+        name: known[name].taking(jax.jit(known[name].metric)) for name in names
+    }
     return found if classifier is None else {**found, "accuracy": ClassAccuracy(classifier)}
 
 
+@jax.jit
 def resampled(x: Array, y: Array) -> Array:
     """Frechet distances of resamples, the same rows whatever is measured; none of many features.
 
@@ -82,6 +86,6 @@ def mean_of(values: Sequence[float], form: str, errors: Sequence[float | None] =
         return ""
     text = form.format(np.mean(values))
     if len(values) < 2:
-        known = [error for error in errors if error is not None]
+        known = [error for error in errors if error is not None and np.isfinite(error)]
         return f"{text} +- {form.format(known[0])}" if known else text
     return f"{text} +- {form.format(np.std(values, ddof=1) / len(values) ** 0.5)}"

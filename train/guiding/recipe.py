@@ -173,7 +173,7 @@ def _freedom(parts: Parts, scale: Array) -> Any:
     energy = jax.tree_util.Partial(_energy, parts.clean.args[0])
     inside = guidance.FreeDoM(energy=energy, rho=Bayes(scale, carried=True))
     process = parts.model.process
-    low, high = (float(process.time(jnp.asarray(level))) for level in (1.5, -1.5))
+    low, high = (process.time(jnp.asarray(log_snr)) for log_snr in (1.5, -1.5))
     return guidance.Recurrence(inside, 2, t_low=low, t_high=high)
 
 
@@ -212,16 +212,16 @@ METHODS: dict[str, Method] = {
         OTHERS, lambda p, s: guidance.TimeStepGuidance(p.model, s), needs=(EMBEDDING,)
     ),
     "pag": Method(
-        OTHERS, lambda p, s: guidance.PerturbedAttention(p.model, s - 1, p.layers),
+        OTHERS, lambda p, s: guidance.PerturbedAttention(p.model, s - 1, layers=p.layers),
         needs=(ATTENTION,), own="scale - 1",
     ),
     "seg": Method(
-        OTHERS, lambda p, s: guidance.SmoothedEnergy(p.model, s - 1, p.layers),
+        OTHERS, lambda p, s: guidance.SmoothedEnergy(p.model, s - 1, layers=p.layers),
         needs=(ATTENTION,), own="scale - 1",
     ),
     "sag": Method(
-        OTHERS, lambda p, s: guidance.SelfAttention(p.model, s - 1, layer=p.layers[0]),
-        needs=(ATTENTION,), own="scale - 1",
+        OTHERS, lambda p, s: guidance.SelfAttention(p.model, (s - 1) / 5, layer=p.layers[0]),
+        needs=(ATTENTION,), own="(scale - 1) / 5",
     ),
     "cads": Method(
         SAMPLERS, needs=(CLASSES, DROPOUT),
@@ -234,8 +234,8 @@ METHODS: dict[str, Method] = {
     ),
     "particle": Method(
         SAMPLERS, _particle,
-        lambda p, s: guidance.ParticleGuidance(size=PARTICLES, strength=s - 1),
-        own="strength = scale - 1, with CFG at 3",
+        lambda p, s: guidance.ParticleGuidance(size=PARTICLES, strength=(s - 1) / 10),
+        own="strength (scale - 1) / 10, with CFG at 3",
     ),
     "classifier": _by_classifier(
         1, build=lambda p, s: guidance.ClassifierGuidance(p.model, p.guides.noisy, s)
@@ -260,7 +260,7 @@ METHODS: dict[str, Method] = {
         solver=lambda p, s: guidance.TrainingFree(
             log_prob=p.clean, rho=Bayes(s), mu=s / 10, draws=4, iterations=2
         ),
-        own="rho of Bayes' rule at the scale, mu = scale / 10",
+        own="rho of Bayes' rule at the scale, mu scale / 10",
     ),
     "svdd": _by_classifier(
         0,
