@@ -77,9 +77,9 @@ def table(rows: Sequence[Row], floors: Row, steps: int, lacks: Mapping[str, str]
     own = [f"{name}: {m.own}" for name, m in METHODS.items() if m.own and name in equal]
     if own:
         text += "\n\nOwn numbers of methods, by the scale of the table: " + "; ".join(own) + "."
-    if lacks:
-        missing = "; ".join(f"{name} needs {need}" for name, need in lacks.items())
-        text += f"\n\nNot run: {missing}."
+    for need in dict.fromkeys(lacks.values()):
+        names = ", ".join(name for name, lacking in lacks.items() if lacking == need)
+        text += f"\n\nNot run, for want of {need}: {names}."
     return text
 
 

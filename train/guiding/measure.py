@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdiff
+from jaxdiff import solvers
 from train.core.comparison import resampled_frechet
 from train.core.data import DataInfo
 from train.core.evaluation import figures_of
@@ -42,7 +43,9 @@ def blocks(classes: tuple[int, ...], count: int) -> np.ndarray | None:
 class Program:
     """A method as one compiled program, for all scales and any noise.
 
-    Sample i has the same noise whatever the method, the scale and the size of a batch.
+    Sample i has the same noise whatever the method, the scale and the size of a batch. The grid
+    begins at a noise level of 80: guidance multiplies gradients by sigma^2 / alpha, and errors of
+    the network's with them.
 
     Args:
         method: what is sampled.
@@ -57,9 +60,11 @@ class Program:
         self.method, self.info, self.scales = method, info, jnp.asarray(scales, jnp.float32)
         self.size = -(-size // PARTICLES) * PARTICLES
         self.arrays, static = eqx.partition(parts, eqx.is_array)
+        process = parts.model.process
+        self.times = solvers.bounded_times(process, process.times(steps, 0.0))
         shown = self._cond(None if not info.classes else np.zeros(self.size, np.int32))
 
-        def draw(arrays, scales, key, cond, first):
+        def draw(arrays, scales, times, key, cond, first):
             parts = eqx.combine(arrays, static)
 
             def one(scale):
@@ -68,14 +73,14 @@ class Program:
                     denoiser = jaxdiff.Clipped(denoiser, straight_through=True)
                 out = jaxdiff.sample(
                     key, denoiser, info.event_shape, self.size, cond=cond,
-                    solver=method.solver(parts, scale), times=steps, first_index=first,
+                    solver=method.solver(parts, scale), times=times, first_index=first,
                 )  # fmt: skip
                 return out.x, out.nfe
 
             return jax.vmap(one)(scales)
 
-        arguments = self.arrays, self.scales, jax.random.key(0), shown, jnp.zeros((), jnp.int32)
-        self.run = jax.jit(draw).lower(*arguments).compile()
+        sizes = self.arrays, self.scales, self.times, jax.random.key(0), shown, jnp.int32(0)
+        self.run = jax.jit(draw).lower(*sizes).compile()
         memory = self.run.memory_analysis()
         self.bytes = int(memory.temp_size_in_bytes + memory.output_size_in_bytes)
 
@@ -91,8 +96,8 @@ class Program:
         for first in starts:
             rows = np.arange(first, first + self.size)
             cond = self._cond(None if classes is None else classes[rows % len(classes)])
-            index = jnp.asarray(first, jnp.int32)
-            found.append(jax.device_get(self.run(self.arrays, self.scales, key, cond, index)))
+            given = self.arrays, self.scales, self.times, key, cond, jnp.int32(first)
+            found.append(jax.device_get(self.run(*given)))
         seconds = (time.perf_counter() - begun) / (len(starts) * self.size * len(self.scales))
         x, nfe = (np.concatenate(part, 1)[:, :count] for part in zip(*found, strict=True))
         return Swept(np.clip(x, -1, 1) if self.info.pixels else x, nfe, seconds, self.bytes)

@@ -234,8 +234,10 @@ METHODS: dict[str, Method] = {
     ),
     "particle": Method(
         SAMPLERS, _particle,
-        lambda p, s: guidance.ParticleGuidance(size=PARTICLES, strength=(s - 1) / 10),
-        own="strength (scale - 1) / 10, with CFG at 3",
+        lambda p, s: guidance.ParticleGuidance(
+            size=PARTICLES, strength=(s - 1) / 4, features=jax.tree_util.Partial(jnp.ravel)
+        ),
+        backward=1, own="strength (scale - 1) / 4, with CFG at 3 where there are classes",
     ),
     "classifier": _by_classifier(
         1, build=lambda p, s: guidance.ClassifierGuidance(p.model, p.guides.noisy, s)
