@@ -138,13 +138,15 @@ class Sweep:
         ]  # fmt: skip
         picture = self.folder / "strips" / f"{name}.png"
         wanted = steps == self.options.sampling_steps and method.scaled
-        unseen = wanted and (seeds or not picture.exists())
+        first = self.options.seeds[0]
+        unseen = wanted and (first in seeds or not picture.exists())
         if not seeds and not unseen:
             return
         program = self.program(name, steps, scales)
-        first = self.options.seeds[0]
         for seed in sorted({*seeds, *([first] if unseen else [])}):
             swept = self.draw(program, seed)
+            if (name, steps) == ("unguided", self.options.sampling_steps):
+                self.pace = swept.seconds
             found = [
                 {
                     "method": name, "steps": steps, "scale": scale, "seed": seed,

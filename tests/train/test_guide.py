@@ -198,35 +198,37 @@ def test_no_method_of_the_library_is_missing():
 
 @pytest.fixture(scope="module")
 def parts():
-    """Everything that a run may have, of the smallest networks with attention."""
+    """Everything that a run may have, of the smallest networks: of vectors, and of images."""
+    has = frozenset(need for method in METHODS.values() for need in method.needs)
+    make = lambda **sizes: networks.MLP(2, hidden=4, num_blocks=1, **sizes, rngs=nnx.Rngs(0))
+    model = jaxdiff.NetworkDenoiser(make(num_classes=3), processes.Cosine())
+    noisy = guidance.NoisyClassifier(make(out_features=3), model.process)
+    of_vectors = Parts(model, model, Guides(noisy, make(out_features=3)), 3, (), has)
     sizes = {"in_channels": 1, "image_size": 4, "channel_mults": (1,), "num_res_blocks": 1}
     network = networks.UNet(8, **sizes, attention_resolutions=(4,), num_classes=3, rngs=nnx.Rngs(0))
     model = jaxdiff.NetworkDenoiser(network, processes.Cosine())
-    small = {"image_size": 4, "in_channels": 1, "num_classes": 3, "channels": 4, "features": 4}
-    noisy = networks.ConvClassifier(**small, noise_label=True, rngs=nnx.Rngs(1))
-    clean = networks.ConvClassifier(**small, rngs=nnx.Rngs(2))
-    guides = Guides(guidance.NoisyClassifier(noisy, model.process), clean)
-    has = frozenset(need for method in METHODS.values() for need in method.needs)
-    return Parts(model, model, guides, 3, ("mid.attn",), has)
+    of_images = Parts(model, None, None, 3, ("mid.attn",), has)
+    return {(2,): of_vectors, (4, 4, 1): of_images}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_samples_images(parts, name):
-    """By shapes alone; and costs as many evaluations of the network as it says."""
+def test_every_method_samples(parts, name):
+    """At two scales in one program; by shapes alone."""
     method = METHODS[name]
-    arrays, static = eqx.partition(parts, eqx.is_array)
+    shape = (4, 4, 1) if recipe.ATTENTION in method.needs else (2,)
+    arrays, static = eqx.partition(parts[shape], eqx.is_array)
 
     def sampled(arrays, scale):
         parts = eqx.combine(arrays, static)
         denoiser = jaxdiff.Clipped(method.build(parts, scale), straight_through=True)
         return jaxdiff.sample(
-            jax.random.key(0), denoiser, (4, 4, 1), 4, times=jnp.asarray([0.9, 0.5, 0.0]),
+            jax.random.key(0), denoiser, shape, 4, times=jnp.asarray([0.9, 0.5, 0.0]),
             cond=method.cond(jnp.arange(4) % 3, 3), solver=method.solver(parts, scale),
         )  # fmt: skip
 
     scales = jax.ShapeDtypeStruct((2,), jnp.float32)
     out = jax.eval_shape(lambda a, s: jax.vmap(lambda s: sampled(a, s))(s), arrays, scales)
-    assert out.x.shape == (2, 4, 4, 4, 1) and out.nfe.shape == (2, 4)
+    assert out.x.shape == (2, 4, *shape) and out.nfe.shape == (2, 4)
 
 
 def test_the_strength_of_bayes_rule_is_that_of_a_map(x64):
