@@ -17,6 +17,8 @@ import tyro
 
 from jaxdiff import finetuning, parallel
 from train.core import runner
+from train.core.classifiers import load_classifier
+from train.core.comparison import held_out_metrics
 from train.core.config import (
     LaunchConfig,
     MeshConfig,
@@ -26,7 +28,7 @@ from train.core.config import (
     load_config,
 )
 from train.core.data import DataInfo, build_sources
-from train.core.evaluation import classifiable, features_by, load_classifier
+from train.core.evaluation import classifiable, features_by
 from train.finetuning import measure, recipe
 from train.finetuning.recipe import Config, MMDConfig
 
@@ -167,7 +169,7 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     runner.launch(config)
     model, base, source, held_out, mesh = tune(config)
     rows = rows_of(config, model, base, options.full_steps)
-    chosen = measure.held_out_metrics(config, source, mesh)
+    chosen = held_out_metrics(config, source, mesh)
     run_dir = Path(config.run_dir)
     found = measure.compare(
         rows, config, source, held_out, mesh, count=options.num_samples, chosen=chosen,

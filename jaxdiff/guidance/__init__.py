@@ -7,6 +7,7 @@ from jaxdiff.guidance._black_scholes import BlackScholesBlending as BlackScholes
 from jaxdiff.guidance._black_scholes import call_price as call_price
 from jaxdiff.guidance._cfg_plus_plus import CFGPlusPlus as CFGPlusPlus
 from jaxdiff.guidance._classifier import ClassifierGuidance as ClassifierGuidance
+from jaxdiff.guidance._classifier import NoisyClassifier as NoisyClassifier
 from jaxdiff.guidance._classifier_free import ClassifierFree as ClassifierFree
 from jaxdiff.guidance._composable import Composable as Composable
 from jaxdiff.guidance._composable import NegativePrompt as NegativePrompt

@@ -1,17 +1,53 @@
-"""Classifier guidance: the gradient of a classifier of noisy examples."""
+"""Classifier guidance: the gradient of a classifier of noisy examples, and such a classifier."""
 
 from collections.abc import Callable
 from typing import ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_callable
+from jaxdiff._checks import check_callable, check_kind
 from jaxdiff._tree import number
 from jaxdiff.conditions import take
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, Preconditioning, TimeLabel
 from jaxdiff.guidance._scale import Scale, check_scale, scale_at
+from jaxdiff.processes import GaussianProcess
+
+
+class NoisyClassifier(eqx.Module):
+    """log p(y | x_t = x) of a network that is told of the noise: what `ClassifierGuidance` follows.
+
+    Train it with `losses.NoisyClassifierLoss`, whose minimiser is the exact posterior.
+
+    Args:
+        network: callable pytree `(x, label, *, key) -> logits`, one example, such as
+            `networks.ConvClassifier(noise_label=True)`.
+        process: the forward process, that of the denoiser to be guided.
+        preconditioning: input scale and noise label.
+
+    Reference: as of `ClassifierGuidance`.
+    """
+
+    network: Callable[..., Array]
+    process: GaussianProcess
+    preconditioning: Preconditioning = TimeLabel()
+
+    def __check_init__(self):
+        check_callable("network", self.network, "a classifier with a noise label")
+        check_kind("process", self.process, GaussianProcess, "processes.VP()")
+        check_kind("preconditioning", self.preconditioning, Preconditioning, "TimeLabel()")
+
+    def logits(self, x: Array, t: Array, *, key: PRNGKeyArray | None = None) -> Array:
+        """Unnormalised log p(y | x_t = x) of every class, `(num_classes,)`; no key, no dropout."""
+        scale = self.preconditioning.scale(self.process, t)
+        label = self.preconditioning.label(self.process, t)
+        return self.network((scale * x).astype(x.dtype), label, key=key)
+
+    def __call__(self, x: Array, t: Array, y: Array) -> Array:
+        """log p(y | x_t = x), a scalar of one noisy example and its class."""
+        return jax.nn.log_softmax(self.logits(x, t))[y]
 
 
 class ClassifierGuidance(DenoiserMap):
@@ -23,7 +59,7 @@ class ClassifierGuidance(DenoiserMap):
     Args:
         base: any denoiser.
         log_prob: `(x, t, y) -> log p(y | x_t = x)`, a scalar of one noisy example, up to what does
-            not depend on x; a pytree whose weights are leaves, such as
+            not depend on x; a pytree whose weights are leaves, such as a `NoisyClassifier` or
             `jax.tree_util.Partial(function, classifier)`.
         scale: 1 is Bayes' rule; at others the law is p(y | x_t)^scale p(x_t), unnormalised.
 

@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from jaxdiff._checks import check_callable, check_count, check_number
 from jaxdiff._tree import Number, number
-from jaxdiff.guidance._training_free import check_scalar
+from jaxdiff.conditions import take
+from jaxdiff.guidance._training_free import check_scalar, with_cond
 from jaxdiff.solvers import Ancestral, DiffusionSolver, SolverWrapper
 from jaxdiff.solvers._base import Moved, Problem
 from jaxdiff.stepwise import Step
@@ -32,9 +33,12 @@ class SVDD(SolverWrapper):
         reward: `x0 -> r`, a scalar of one clean example; a pytree.
         count: next states that are drawn.
         temperature: 0 takes the best.
+        of_example: whether the reward is `(x0, y) -> r`, with the entry "y" of the example's
+            condition.
 
     Raises:
-        ValueError: for a base that draws nothing, or a reward that is no scalar.
+        ValueError: for a base that draws nothing, a reward that is no scalar, or without "y" where
+            the reward wants it.
 
     Reference: Li, Zhao, Wang, Scalia, Eraslan, Nair, Biancalani, Ji, Regev, Levine, Uehara,
     "Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based
@@ -44,7 +48,8 @@ class SVDD(SolverWrapper):
     base: DiffusionSolver = Ancestral()
     count: int = eqx.field(static=True, default=8)
     temperature: Number = number(1.0)
-    reward: Callable[[Array], Array] = eqx.field(kw_only=True)
+    reward: Callable[..., Array] = eqx.field(kw_only=True)
+    of_example: bool = eqx.field(static=True, default=False, kw_only=True)
 
     def __check_init__(self):
         check_callable("reward", self.reward, "jax.tree_util.Partial(function, weights)")
@@ -63,6 +68,10 @@ class SVDD(SolverWrapper):
 
     def update(self, problem: Problem, x: Array, step: Step) -> Moved:
         """See `DiffusionSolver`."""
+        wanted: tuple = ()
+        if self.of_example:
+            y, rest = take(problem.cond, "y", by="SVDD")
+            wanted, problem = (y,), with_cond(problem, rest)
         found = problem.estimate(x, step.t)
 
         def child(key):
@@ -71,7 +80,7 @@ class SVDD(SolverWrapper):
             ahead = problem.estimate(moved.x, step.s).x0
             # At the end the state is the sample, and nothing is left to be estimated.
             clean = jnp.where(problem.process.sigma(step.s) > 0, ahead, moved.x)
-            return moved, check_scalar(self.reward(clean), "reward")
+            return moved, check_scalar(self.reward(clean, *wanted), "reward")
 
         moved, values = jax.vmap(child)(jax.random.split(step.key, self.count + 1)[1:])
         cold = self.temperature <= 0

@@ -1,4 +1,4 @@
-"""A small image classifier, whose features measure samples."""
+"""A small image classifier, whose features measure samples, and which may see noisy ones."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.networks._conv import Conv
-from jaxdiff.networks._layers import check_rate, dropout, image_shape
+from jaxdiff.networks._layers import ConditionEmbedding, check_rate, dropout, image_shape
 from jaxdiff.taps import Tap
 
 
@@ -83,6 +83,8 @@ class ConvClassifier(nnx.Module):
         features: size of the feature vector.
         dropout: dropout rate on the features.
         activation: of every number; a function, or a pytree such as `Softplus(3.0)`.
+        noise_label: whether it is told of the noise in its examples: the embedding of the label is
+            added to every convolution's channels.
         param_dtype: dtype of the weights.
         rngs: initialisation keys.
 
@@ -100,6 +102,7 @@ class ConvClassifier(nnx.Module):
         features: int = 64,
         dropout: float = 0.3,
         activation: Callable[[Array], Array] = nnx.gelu,
+        noise_label: bool = False,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -118,24 +121,45 @@ class ConvClassifier(nnx.Module):
         size = (height // 2) * (width // 2) * widths[-1]
         self.hidden = nnx.Linear(size, features, **kinds)
         self.last = nnx.Linear(features, num_classes, **kinds)
+        size = 2 * channels
+        self.embedding: Any = ConditionEmbedding(size, size, **kinds) if noise_label else None
+        self.shifts = nnx.List(
+            nnx.Linear(size, width, **kinds) for width in (widths[1:] if noise_label else ())
+        )
 
     def __call__(
-        self, x: Array, *, key: PRNGKeyArray | None = None, tap: Tap | None = None
+        self,
+        x: Array,
+        t: Array | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        tap: Tap | None = None,
     ) -> Array:
         """Logits `(num_classes,)` of one example `(H, W, C)`; no key, no dropout.
 
         Raises:
-            ValueError: if x has another shape.
+            ValueError: if x has another shape, or for a noise label t that is missing, or that a
+                network made without one is given.
         """
         if x.shape != self.shape:
             raise ValueError(
                 f"`x` must be one example of shape {self.shape}, got {x.shape}. "
                 "Use jax.vmap for a batch."
             )
+        if (t is None) != (self.embedding is None):
+            wanted = "left out" if t is not None else "the noise label of the example"
+            raise ValueError(
+                f"`t` must be {wanted} for a classifier made with noise_label="
+                f"{self.embedding is not None}, got {t}."
+            )
         tap = Tap() if tap is None else tap
+        shifts: list[Any] = [0.0] * len(self.convs)
+        if t is not None:
+            emb = nnx.silu(self.embedding(t, None)[0]).astype(x.dtype)
+            shifts = [shift(emb) for shift in self.shifts]
         h = x
         for i, conv in enumerate(self.convs):
-            h = tap(f"conv{i}", self.activation(conv(h)))
+            h = tap(f"conv{i}", self.activation(conv(h) + shifts[i]))
             if i == 1:
                 height, width, c = h.shape
                 h = h.reshape(height // 2, 2, width // 2, 2, c).max((1, 3))

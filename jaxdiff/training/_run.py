@@ -77,6 +77,7 @@ def load_run(
     player: str | None = None,
     average: int | None = 0,
     sigma_rel: float | None = None,
+    step: int | None = None,
 ) -> Run:
     """A trained model from its run directory: no data, no optimiser, no code of the run.
 
@@ -87,12 +88,13 @@ def load_run(
             player without averages.
         sigma_rel: the relative width of an average that is made here (`reconstruct_ema`), of
             those of a `PowerEMA` in all checkpoints; instead of one of them.
+        step: of the checkpoint; None for the newest that is whole.
 
     Returns:
-        The model of the newest checkpoint that is whole, its step, and what was saved beside it.
+        The model of the checkpoint, its step, and what was saved beside it.
 
     Raises:
-        ValueError: if the directory holds no run, no checkpoint, no such player or average, or
+        ValueError: if the directory holds no run, no such checkpoint, player or average, or
             names a class that is not jaxdiff's; or for a `sigma_rel` of a player without
             power-function averages.
     """
@@ -143,21 +145,25 @@ def load_run(
         "step": jnp.zeros((), jnp.int32),
     }
     store = CheckpointStore(Path(run_dir) / "checkpoints")
-    restored = store.restore_latest(template, partial=True)
+    restored = (
+        store.restore_latest(template, partial=True)
+        if step is None
+        else store.restore(template, step=step, partial=True)
+    )
     if restored is None:
         raise ValueError(f"The run in {run_dir} has no checkpoint yet. Train it first.")
     found, _, config = restored
-    state, step = found["players"][player], int(found["step"])
+    state, reached = found["players"][player], int(found["step"])
     if sigma_rel is not None:
         snapshots: list[tuple[float, float, PyTree]] = []
         for at in store.steps():
-            if at <= step:
+            if at <= reached:
                 there = store.restore(template, step=at, partial=True)[0]["players"][player]
                 snapshots += zip((at,) * len(widths), widths, there.averages, strict=True)
-        made = reconstruct_ema(snapshots, step=step, sigma_rel=sigma_rel)
+        made = reconstruct_ema(snapshots, step=reached, sigma_rel=sigma_rel)
         state, average = dataclasses.replace(state, averages=[made]), 0
     model = state.model if average is None else state.averaged(index=average)
-    return Run(model, step, info, config)
+    return Run(model, reached, info, config)
 
 
 def _is_weight(leaf: Any) -> bool:

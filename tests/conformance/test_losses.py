@@ -14,7 +14,7 @@ import pytest
 from cases import with_random_weights
 from flax import nnx
 
-from jaxdiff import finetuning, losses, metrics, networks, parallel, processes
+from jaxdiff import finetuning, guidance, losses, metrics, networks, parallel, processes
 from jaxdiff._tree import jit
 from jaxdiff.denoiser import LearnedVarianceDenoiser, NetworkDenoiser
 from jaxdiff.training import (
@@ -41,6 +41,7 @@ LOSSES = {
     "DenoisingLoss": losses.DenoisingLoss(null_cond=2),
     "DenoisingLoss(ELBO)": losses.DenoisingLoss(losses.ELBO(), losses.UniformLogSNR(), null_cond=2),
     "DenoisingLoss(MinSNR)": losses.DenoisingLoss(losses.MinSNR(), losses.LogitNormal()),
+    "NoisyClassifierLoss": losses.NoisyClassifierLoss(),
     "HybridLoss": losses.HybridLoss(num_steps=50, null_cond=2),
     "MMDLoss": finetuning.MMDLoss(times=2, features=jax.tree_util.Partial(jnp.sin)),
     "MMDLoss(classes)": finetuning.MMDLoss(
@@ -57,6 +58,9 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def model_of(name, process=PROCESSES[0]):
+    if name == "NoisyClassifierLoss":
+        build = lambda: networks.MLP(2, hidden=8, num_blocks=1, rngs=nnx.Rngs(0))
+        return guidance.NoisyClassifier(with_random_weights(build), process)
     learned = name == "HybridLoss"
     options = {"hidden": 8, "num_blocks": 1, "num_classes": 2, "out_features": 4 if learned else 2}
     network = with_random_weights(lambda: networks.MLP(2, **options, rngs=nnx.Rngs(0)))

@@ -43,6 +43,28 @@ def test_a_linear_reward_tilts_a_gaussian(x64):
     assert_allclose(np.cov(x.T), np.cov(np.asarray(plain).T), atol=0.08)
 
 
+def test_a_reward_may_know_what_each_example_wants(x64):
+    """With the same draws, that of two examples of their own is each one's reward alone."""
+    laws, _ = plane()
+    signs = jnp.repeat(jnp.asarray([1.0, -1.0]), 20)
+    of = lambda sign: jax.tree_util.Partial(lambda x0: sign * reward(x0))
+    draw = lambda solver, cond=None: (
+        jaxdiff.sample(KEY, laws, (2,), 40, cond=cond, solver=solver, times=5).x
+    )
+    own = guidance.SVDD(
+        count=3, temperature=0.0, reward=jax.tree_util.Partial(lambda x0, y: y * reward(x0)),
+        of_example=True,
+    )  # fmt: skip
+    x = draw(own, {"y": signs})
+    up, down = (
+        draw(guidance.SVDD(count=3, temperature=0.0, reward=of(sign))) for sign in (1.0, -1.0)
+    )
+    assert_allclose(x, jnp.where(signs[:, None] > 0, up, down), rtol=1e-9)
+    assert jax.vmap(reward)(x[:20]).mean() > jax.vmap(reward)(x[20:]).mean() + 1
+    with pytest.raises(ValueError, match="must have the entries 'y' for SVDD"):
+        draw(own)
+
+
 def test_the_best_of_several_and_of_one():
     laws, _ = plane()
     solver = guidance.SVDD(count=4, temperature=0.0, reward=REWARD)

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from jaxdiff.networks import ConvClassifier
+from jaxdiff.networks import ConvClassifier, Tap
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,31 @@ def test_dropout_belongs_to_its_key(classifier, digits):
     a, b, c, d = (call(classifier, key) for key in (None, *map(jax.random.key, (1, 1, 2))))
     np.testing.assert_array_equal(b, c)
     assert len({float(out[0]) for out in (a, b, d)}) == 3
+
+
+def test_the_noise_label_reaches_every_convolution(digits):
+    """And a classifier without one has the weights that it would have had."""
+    make = lambda noise_label: ConvClassifier(
+        image_size=8, in_channels=1, num_classes=10, channels=8, noise_label=noise_label,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    told, plain = make(True), make(False)
+    x = digits[0][0]
+    call = jax.jit(lambda n, t: read_taps_of(n, x, t))
+    a, b = (call(told, jnp.asarray(t)) for t in (0.0, 500.0))
+    assert all(np.abs(a[name] - b[name]).max() > 1e-3 for name in a)
+    for kept, other in zip(told.convs, plain.convs, strict=True):
+        np.testing.assert_array_equal(kept.kernel[...], other.kernel[...])
+    with pytest.raises(ValueError, match="`t` must be the noise label of the example"):
+        told(x)
+    with pytest.raises(ValueError, match="`t` must be left out for a classifier made with"):
+        plain(x, jnp.asarray(0.0))
+
+
+def read_taps_of(network, x, t):
+    tap = Tap(wanted=[f"conv{i}" for i in range(4)])
+    network(x, t, tap=tap)
+    return tap.values
 
 
 def test_bad_input_is_named(classifier, digits):

@@ -10,6 +10,8 @@ from jaxdiff import data
 from jaxdiff.finetuning import load_adapter
 from jaxdiff.training import load_run
 from train import evaluate, finetune_mmd, pretrain, sample
+from train.core import lines
+from train.core.comparison import difference
 from train.core.config import EvaluationConfig, NetworkConfig
 from train.core.data import DataInfo
 from train.finetune_mmd import Options, configured
@@ -67,7 +69,7 @@ def test_a_tuned_sampler_is_nearer_to_the_data(toy, tmp_path, capsys):
     written = (run_dir / "comparison.md").read_text()
     assert "| tuned ddim, 3 | 3 |" in written
     # The same noise and reference: the error of a difference is far below those of the distances.
-    gain, error = measure.difference(before, tuned)
+    gain, error = difference(before, tuned)
     assert f"| {gain:.3f} +- {error:.3f} |" in written and gain > 3 * error
     assert error < 0.5 * before["frechet_standard_error"]
     assert load_run(run_dir).step == 60  # a run like any other
@@ -157,12 +159,12 @@ def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
         full_steps=6,
     )  # fmt: skip
     study.main(options)
-    rows = study.read(out)
+    rows = lines.read(out)
     assert [row["name"] for row in rows] == [
         "ddim, 2", "ddim, 5", "unipc, 2", "unipc, 5", "ddim, 6", "kernel of degree 3",
     ]  # fmt: skip
     study.main(dataclasses.replace(options, variants=("kernel of degree 3", "last step")))
-    assert study.read(out)[:-1] == rows and study.read(out)[-1]["name"] == "last step"
+    assert lines.read(out)[:-1] == rows and lines.read(out)[-1]["name"] == "last step"
     # Of other settings a tuning goes elsewhere, and does not meet this one.
     folders = {
         study.options_of(dataclasses.replace(options, steps=n), options.bases[0], "default").run_dir
@@ -189,7 +191,7 @@ def test_an_ablation_goes_on_where_it_was(toy, tmp_path, monkeypatch):
     best = min((named[f"{solver}, 5"] for solver in ("ddim", "unipc")), key=lambda r: r["frechet"])
     gain = best["frechet"] - named["kernel of degree 3"]["frechet"]
     assert f"| {1.5 * gain:.3f} +- {abs(gain) / 2:.3f} |" in text
-    error = measure.difference(best, named["kernel of degree 3"])[1]
+    error = difference(best, named["kernel of degree 3"])[1]
     assert f"| {gain:.3f} +- {error:.3f} |" in study.summary(rows, "ddim, 6")
     assert measure.gap_closed(named["ddim, 5"], named["ddim, 6"], named["ddim, 5"]) is None
     # Nothing is mixed up: other settings, a seed twice, and no results at all are refused.

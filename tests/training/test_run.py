@@ -141,6 +141,16 @@ def test_an_average_of_another_width_is_made_of_all_checkpoints(tmp_path):
             [jax.tree.map(lambda w, m=m: w * m, network) for m in means[:2]],
         )
         store.save(state | {"step": jnp.asarray(last)}, step=last)
+    early = load_run(tmp_path, step=100)
+    expected = [
+        np.average(curve[:100], weights=count[:100] ** (g + 1) - (count[:100] - 1) ** (g + 1))
+        for g in gammas
+    ]
+    first = early.model.network.first.kernel[...] / network.first.kernel[...]
+    np.testing.assert_allclose(first, expected[0], rtol=1e-5)
+    assert early.step == 100
+    with pytest.raises(ValueError, match="`step` must be one of .50, 100.*got 7"):
+        load_run(tmp_path, step=7)
     run = load_run(tmp_path, sigma_rel=wanted)
     first = run.model.network.first.kernel[...] / network.first.kernel[...]
     np.testing.assert_allclose(first, means[2], rtol=2e-3)

@@ -10,26 +10,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax import tree_util
 from jaxtyping import Array
-from tqdm import tqdm
 
 from jaxdiff import data, metrics, networks, parallel
-from jaxdiff.data import make_loader
 from jaxdiff.denoiser import Denoiser
-from jaxdiff.training import (
-    CheckpointStore,
-    Hook,
-    Player,
-    TrainState,
-    fit,
-    init_train_state,
-    make_train_step,
-    write_json,
-)
+from jaxdiff.training import write_json
 from train.core import figures
+from train.core.classifiers import Classifier, load_classifier, logits_of
 from train.core.config import EvaluationConfig, RunConfig
 from train.core.data import DataInfo, Source
 from train.core.sampling import draw, requested
@@ -53,99 +41,20 @@ FEATURES = (
 CLASSIFIED = ("accuracy", "classifier_score", *FEATURES)
 
 
-def classifier_loss(classifier, key, batch, frozen):
-    """Cross entropy with label smoothing of 0.1, on images shifted by up to one pixel."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(batch["x"])))
-
-    def logits(key, x):
-        shift_key, dropout_key = jax.random.split(key)
-        shift = jax.random.randint(shift_key, (2,), -1, 2)
-        padded = jnp.pad(x, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        moved = jax.lax.dynamic_slice(padded, (*(shift + 1), 0), x.shape)
-        return classifier(moved, key=dropout_key)
-
-    targets = optax.smooth_labels(jax.nn.one_hot(batch["cond"], classifier.num_classes), 0.1)
-    values = jax.vmap(logits)(keys, batch["x"])
-    return optax.softmax_cross_entropy(values, targets).mean(), {}
-
-
-def load_classifier(
-    config: RunConfig,
-    source: Source,
-    mesh: jax.sharding.Mesh | None = None,
-    *,
-    name: str = "classifier",
-    seed: int | None = None,
-    **sizes: int,
-) -> networks.ConvClassifier:
-    """The classifier that measures samples: trained on the real train split once, then cached.
-
-    Cached as a checkpoint in the run directory, in a folder of its number of steps; another number
-    is another classifier. Every process of the mesh trains the same one.
-
-    Args:
-        config: of the run.
-        source: what it learns.
-        mesh: the devices.
-        name: of the folder, for others than the one that measures.
-        seed: of its weights and data; None for the run's.
-        **sizes: of `ConvClassifier`.
-    """
-    seed = config.seed if seed is None else seed
-    mesh = parallel.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    height, width, channels = source.event_shape
-    classifier = networks.ConvClassifier(
-        image_size=(height, width),
-        in_channels=channels,
-        num_classes=source.num_classes,
-        rngs=nnx.Rngs(seed),
-        **sizes,
-    )
-    steps = config.evaluation.classifier_steps
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
-    player = Player(classifier, classifier_loss, optimizer, trainable=lambda model: model)
-    state = init_train_state({"classifier": player}, jax.random.key(seed))
-    state = parallel.replicate(state, mesh)
-    store = CheckpointStore(config.shared_dir / name / str(steps), keep=1)
-    restored = store.restore_latest(state.unpack())
-    if restored is not None:
-        state = TrainState.pack(**restored[0])
-    loader = make_loader(source, min(64, len(source)), seed=seed, process_index=0, process_count=1)
-    done = int(state.step)
-    if done < steps:
-        hidden = not parallel.is_first()
-        with tqdm(total=steps, initial=done, unit="step", desc="classifier", disable=hidden) as bar:
-
-            def progress(step, state, metrics):
-                bar.update(step - bar.n)  # whose True would end the run
-
-            state = fit(
-                make_train_step({"classifier": player}),
-                state,
-                iter(loader),
-                num_steps=steps,
-                hooks=[Hook(20, progress)],
-                store=store,
-                checkpoint_every=steps,
-                place=lambda batch: parallel.replicate(batch, mesh),
-            )
-    return jax.tree.map(jnp.asarray, parallel.fetch(state.players["classifier"].model))
-
-
 @eqx.filter_jit
-def _look(classifier, x):
-    return jax.vmap(classifier)(x), jax.vmap(classifier.features)(x)
+def _logits(classifier, x):
+    return jax.vmap(lambda x: logits_of(classifier, x))(x)
 
 
 class ClassAccuracy:
     """The share of samples that a classifier takes for what they were asked to be."""
 
-    def __init__(self, classifier: networks.ConvClassifier):
+    def __init__(self, classifier: Classifier):
         self.classifier = classifier
 
     def __call__(self, samples: Batch, reference: Batch) -> tuple[Array, Array]:
         """The share and its standard error."""
-        logits, _ = _look(self.classifier, samples["x"])
+        logits = _logits(self.classifier, samples["x"])
         return metrics.accuracy(logits, jnp.asarray(samples["cond"]))
 
 
@@ -238,7 +147,7 @@ class ClassifierScore:
 
     def __call__(self, samples: Batch, reference: Batch) -> Array:
         """The score."""
-        return metrics.classifier_score(_look(self.classifier, samples["x"])[0])
+        return metrics.classifier_score(_logits(self.classifier, samples["x"]))
 
 
 def kid(x: Array, y: Array) -> tuple[Array, Array]:
@@ -466,6 +375,11 @@ def measure(
         name -> value; name_standard_error, where the metric knows one; and name_floor, what
         held-out examples reach against the training examples.
     """
+    return {**figures_of(metrics, samples, reference), **floors(metrics, reference, real)}
+
+
+def figures_of(metrics: Mapping[str, Metric], samples: Batch, reference: Batch) -> dict[str, float]:
+    """All metrics of samples: name -> value; name_standard_error, where the metric gives one."""
     numbers = {}
     finite = bool(np.isfinite(np.asarray(samples["x"], float)).all())
     for name, metric in metrics.items():
@@ -476,8 +390,15 @@ def measure(
         # Of one block there is no error.
         if error and np.isfinite(error[0]):
             numbers[f"{name}_standard_error"] = float(error[0])
-        numbers[f"{name}_floor"] = float(np.ravel(np.asarray(metric(reference, real), float))[0])
     return numbers
+
+
+def floors(metrics: Mapping[str, Metric], reference: Batch, real: Batch) -> dict[str, float]:
+    """name_floor, what held-out examples reach against the training examples."""
+    return {
+        f"{name}_floor": float(np.ravel(np.asarray(metric(reference, real), float))[0])
+        for name, metric in metrics.items()
+    }
 
 
 def references(count: int) -> np.ndarray:

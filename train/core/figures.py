@@ -55,9 +55,10 @@ def image_grid(
     *,
     columns: int,
     titles: Sequence[str] = (),
+    heads: Sequence[str] = (),
     pixels: bool = True,
 ) -> None:
-    """Write images as a grid, row by row, with a title for each row.
+    """Write images as a grid, row by row, with a title for each row and a head for each column.
 
     Args:
         images: `(n, H, W, C)`, pixels in [-1, 1], or anything else with any number of channels,
@@ -65,6 +66,7 @@ def image_grid(
         path: the PNG file.
         columns: images in a row.
         titles: of the rows.
+        heads: of the columns.
         pixels: whether they are pixels.
     """
     images = np.asarray(images, np.float32)
@@ -84,21 +86,35 @@ def image_grid(
     figure, axis = plt.subplots(figsize=size)
     kinds = {"cmap": "gray"} if channels == 1 else {}
     axis.imshow(canvas.squeeze(), vmin=0, vmax=1, interpolation="nearest", **kinds)
-    axis.set(xticks=[], yticks=[(row + 0.5) * (height + gap) for row in range(len(titles))])
+    axis.set(
+        xticks=[(column + 0.5) * (width + gap) for column in range(len(heads))],
+        yticks=[(row + 0.5) * (height + gap) for row in range(len(titles))],
+    )
+    axis.set_xticklabels(heads)
     axis.set_yticklabels(titles)
-    axis.tick_params(length=0)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.set_frame_on(False)
     save_figure(figure, path)
 
 
 def scatter(points: np.ndarray, reference: np.ndarray | None, path: Path) -> None:
-    """Write samples `(n, d)`, and real points beside them if there are any.
+    """Write samples `(n, d)`, and real points beside them if there are any."""
+    parts = {"data": reference, "samples": points}
+    scatters({name: values for name, values in parts.items() if values is not None}, path)
+
+
+def scatters(parts: dict[str, np.ndarray], path: Path, colours: np.ndarray | None = None) -> None:
+    """Write several clouds of points `(n, d)`, side by side.
 
     In the plane as they are; on the line as a histogram; in more dimensions, the two principal
-    ones of the real points.
+    ones of the first.
+
+    Args:
+        parts: the clouds, by their titles.
+        path: the PNG file.
+        colours: integers `(n,)`, of the points of clouds of that size; None for one colour.
     """
-    parts = {"data": reference, "samples": points}
-    shown = {name: np.asarray(v, float) for name, v in parts.items() if v is not None}
+    shown = {name: np.asarray(values, float) for name, values in parts.items()}
     first = next(iter(shown.values()))
     if first.shape[1] > 2:
         centre = first.mean(0)
@@ -112,7 +128,9 @@ def scatter(points: np.ndarray, reference: np.ndarray | None, path: Path) -> Non
             axis.hist(values[:, 0], bins=60, density=True)
             axis.set(title=title)
         else:
-            axis.scatter(*values.T, s=2, alpha=0.4, lw=0)
+            fits = colours is not None and len(colours) == len(values)
+            kinds = {"c": colours, "cmap": "tab10"} if fits else {}
+            axis.scatter(*values.T, s=2, alpha=0.4, lw=0, **kinds)
             axis.set(title=title, aspect="equal")
     save_figure(figure, path)
 

@@ -7,39 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from jaxdiff import metrics, parallel
+from jaxdiff import parallel
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.training import write_json
 from train.core import figures
+from train.core.comparison import TITLES, difference, resampled_frechet
 from train.core.config import RunConfig, SamplingConfig
 from train.core.data import DataInfo, Source
-from train.core.evaluation import (
-    MOST_RESAMPLED,
-    ClassAccuracy,
-    classifiable,
-    load_classifier,
-    measure,
-    of_features,
-    picture,
-    references,
-)
+from train.core.evaluation import measure, picture, references
 from train.core.sampling import draw, requested
-
-TITLES = {
-    "nfe": ("evaluations", "{:.0f}"),
-    "frechet": ("Frechet", "{:.3f}"),
-    "kid": ("KID", "{:.4f}"),
-    "accuracy": ("accuracy", "{:.1%}"),
-    "density": ("density", "{:.2f}"),
-    "coverage": ("coverage", "{:.3f}"),
-}
-
-
-RESAMPLES = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,36 +27,6 @@ class Row:
     name: str
     model: Denoiser
     sampling: SamplingConfig
-
-
-def held_out_metrics(config: RunConfig, source: Source, mesh) -> dict[str, Any]:
-    """Of the classifier that measures, which no loss has seen; of pixels without classes."""
-    classifier = None
-    if classifiable(DataInfo.of(source)):
-        classifier = load_classifier(config, source, mesh)
-    known = of_features(classifier, source, config.shared_dir / "features-of-data")
-    found = {name: known[name] for name in ("frechet", "kid", "density", "coverage")}
-    return found if classifier is None else {**found, "accuracy": ClassAccuracy(classifier)}
-
-
-def resampled(x: Array, y: Array) -> Array:
-    """Frechet distances of resamples, the same rows whatever is measured; none of many features.
-
-    Rows of `compare` have the same noise and reference, so those of two of them make pairs.
-    """
-    if x.shape[1] > MOST_RESAMPLED:
-        return jnp.zeros(0)
-    key = jax.random.key(1)
-    return metrics.bootstrap(key, metrics.frechet_distance, x, y, count=RESAMPLES)
-
-
-def difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
-    """A row's Frechet distance less another's, and its error by pairs; NaN where it is not known.
-
-    Both must be of the same noise, count and reference.
-    """
-    pairs = np.subtract(row["frechet_resampled"], other["frechet_resampled"])
-    return row["frechet"] - other["frechet"], float(np.std(pairs, ddof=1)) if len(pairs) else np.nan
 
 
 def compare(
@@ -105,7 +53,7 @@ def compare(
         folder: where a picture of each row goes; None for none.
 
     Returns:
-        row -> figure -> value; and "frechet_resampled", see `resampled`.
+        row -> figure -> value; and "frechet_resampled", see `comparison.resampled`.
     """
     info = DataInfo.of(source)
     cond = requested(held_out, info, count)
@@ -113,7 +61,6 @@ def compare(
     reference = held_out[references(len(held_out))]
     some = np.random.default_rng(0).permutation(len(source))[: min(count, len(source))]
     real = source[np.sort(some)]
-    again = chosen["frechet"].taking(resampled)
     found = {}
     for row in rows:
         begun = time.perf_counter()
@@ -123,9 +70,7 @@ def compare(
         found[row.name] = {
             "nfe": int(nfe[0]),
             **measure(chosen, samples, reference, real),
-            "frechet_resampled": np.asarray(again(samples, reference), float).tolist()
-            if np.isfinite(x).all()
-            else [float("nan")] * RESAMPLES,
+            "frechet_resampled": resampled_frechet(chosen, samples, reference),
             "seconds": time.perf_counter() - begun,
         }
         if folder is not None:

@@ -12,9 +12,10 @@ from jaxdiff import finetuning, metrics
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.training import Player
 from train.core.building import build_average, build_optimizer
+from train.core.classifiers import load_classifier
 from train.core.config import EvaluationConfig, RunConfig, SamplingConfig, SolverName, load_config
 from train.core.data import DataInfo, Source
-from train.core.evaluation import classifiable, features_by, load_classifier
+from train.core.evaluation import classifiable, features_by
 from train.core.sampling import build_solver, build_times, guided, load_model
 
 

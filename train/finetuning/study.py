@@ -8,17 +8,16 @@ done again, and a line is there whole or not at all: stop it at any time, and st
 """
 
 import dataclasses
-import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from train.core import figures, runner
+from train.core import figures, lines, runner
+from train.core.comparison import TITLES, difference, held_out_metrics, mean_of
 from train.core.config import MeshConfig, RunConfig, SamplingConfig, load_config
 from train.core.data import build_sources
 from train.finetune_mmd import Options, configured, tune
@@ -79,18 +78,6 @@ class Study:
     table: bool = False
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def add(path: Path, row: dict[str, Any]) -> None:
-    """One line more."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [*(json.dumps(line) for line in read(path)), json.dumps(row)]
-    figures.write_text(path, "\n".join(lines) + "\n")
-
-
 def labels(study: Study, base: str, name: str, seed: int) -> dict[str, Any]:
     """What a line is of."""
     return {"base": Path(base).name, "name": name, "seed": seed, "settings": settings_of(study)}
@@ -110,12 +97,8 @@ def check(study: Study, rows: list[dict[str, Any]]) -> None:
     seeds = {Path(base).name: load_config(base, RunConfig).seed for base in study.bases}
     if not len(set(seeds.values())) == len(seeds) == len(study.bases):
         raise ValueError(f"`bases` must have names and seeds of their own, got {seeds}.")
+    lines.check_settings(study.out, rows, settings_of(study))
     for row in rows:
-        if row["settings"] != settings_of(study):
-            raise ValueError(
-                f"`out` must be a file of the same settings, {settings_of(study)}, got one of "
-                f"{row['settings']}. Name another."
-            )
         if seeds.get(row["base"], row["seed"]) != row["seed"]:
             raise ValueError(f"`out` has lines of another run named {row['base']!r}.")
 
@@ -144,14 +127,14 @@ def baselines(study: Study, base: str, done: set[tuple[str, str]]) -> None:
     config = configured(options_of(study, base, "default"))
     source, held_out = build_sources(config.data)
     mesh, model = runner.build_mesh(config), recipe.load_base(config)
-    chosen = measure.held_out_metrics(config, source, mesh)
+    chosen = held_out_metrics(config, source, mesh)
     for name, (solver, n) in missing.items():
         sampling = SamplingConfig(1.0, solver, n, batch_size=config.evaluation.batch_size)
         found = measure.compare(
             [measure.Row(name, model, sampling)], config, source, held_out, mesh,
             count=study.num_samples, chosen=chosen,
         )  # fmt: skip
-        add(study.out, {**labels(study, base, name, config.seed), **found[name]})
+        lines.add(study.out, {**labels(study, base, name, config.seed), **found[name]})
 
 
 def variant(study: Study, base: str, name: str) -> None:
@@ -160,7 +143,7 @@ def variant(study: Study, base: str, name: str) -> None:
     model, _, source, held_out, mesh = tune(config)
     sampling = recipe.sampling_of(config.mmd)
     sampling = dataclasses.replace(sampling, batch_size=config.evaluation.batch_size)
-    chosen = measure.held_out_metrics(config, source, mesh)
+    chosen = held_out_metrics(config, source, mesh)
     found = measure.compare(
         [measure.Row(name, model, sampling)], config, source, held_out, mesh,
         count=study.num_samples, chosen=chosen,
@@ -169,7 +152,7 @@ def variant(study: Study, base: str, name: str) -> None:
     speed = [line["steps_per_second"] for line in logged if "steps_per_second" in line]
     rate = float(np.median(speed)) if speed else None
     updates = {"updates": config.steps, "updates_per_second": rate}
-    add(
+    lines.add(
         study.out,
         {**labels(study, base, name, config.seed), **found[name], **updates},
     )
@@ -186,22 +169,22 @@ def summary(rows: list[dict[str, Any]], full: str) -> str:
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["name"], {})[row["seed"]] = row
-    header = ["", "evaluations", *(measure.TITLES[f][0] for f in FIGURES)]
+    header = ["", "evaluations", *(TITLES[f][0] for f in FIGURES)]
     header += ["below the best untuned", "gap closed", "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, seeds in by_name.items():
         cells = [name, str(next(iter(seeds.values()))["nfe"])]
         for figure in FIGURES:
-            form = measure.TITLES[figure][1]
+            form = TITLES[figure][1]
             there = [seeds[s] for s in sorted(seeds) if figure in seeds[s]]
             errors = [row.get(f"{figure}_standard_error") for row in there]
-            cells.append(_mean([row[figure] for row in there], form, errors))
+            cells.append(mean_of([row[figure] for row in there], form, errors))
         tuned = [row for row in seeds.values() if name in VARIANTS]
         gains = [gain for row in tuned for gain in _gain(row, by_name)]
         shares = [_share(row, by_name, full) for row in tuned]
         known = [share for share in shares if share is not None]
-        cells.append(_mean([g[0] for g in gains], "{:.3f}", [g[1] for g in gains]))
-        cells += [_mean(known, "{:.0%}"), str(len(seeds))]
+        cells.append(mean_of([g[0] for g in gains], "{:.3f}", [g[1] for g in gains]))
+        cells += [mean_of(known, "{:.0%}"), str(len(seeds))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -212,7 +195,7 @@ def _gain(row: dict[str, Any], by_name: dict[str, Any]) -> list[tuple[float, flo
     others = [by_name.get(f"{solver}, {steps}", {}).get(row["seed"]) for solver in SOLVERS]
     known = [other for other in others if other is not None]
     best = min(known, key=lambda other: other["frechet"], default=None)
-    return [] if best is None else [measure.difference(best, row)]
+    return [] if best is None else [difference(best, row)]
 
 
 def _share(row: dict[str, Any], by_name: dict[str, Any], full: str) -> float | None:
@@ -221,16 +204,6 @@ def _share(row: dict[str, Any], by_name: dict[str, Any], full: str) -> float | N
     start = by_name.get(f"ddim, {steps}", {}).get(row["seed"])
     end = by_name.get(full, {}).get(row["seed"])
     return None if start is None or end is None else measure.gap_closed(row, start, end)
-
-
-def _mean(values: list[float], form: str, errors: Sequence[float | None] = ()) -> str:
-    if not values:
-        return ""
-    text = form.format(np.mean(values))
-    if len(values) < 2:
-        known = [error for error in errors if error is not None]
-        return f"{text} +- {form.format(known[0])}" if known else text
-    return f"{text} +- {form.format(np.std(values, ddof=1) / len(values) ** 0.5)}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -260,7 +233,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main(study: Study) -> None:
     """Do what is missing; or write the table."""
     if study.table:
-        rows = read(study.out)
+        rows = lines.read(study.out)
         if not rows:
             raise ValueError(f"`out` must be a file of results, got {study.out}, which has none.")
         figures.write_text(
@@ -271,10 +244,10 @@ def main(study: Study) -> None:
     names = study.variants or tuple(VARIANTS)
     if unknown := sorted(set(names) - set(VARIANTS)):
         raise ValueError(f"`variants` must be among {list(VARIANTS)}, got {unknown[0]!r}.")
-    check(study, read(study.out))
+    check(study, lines.read(study.out))
     for base in study.bases:
         runner.launch(configured(options_of(study, base, "default")))
-        done = {(row["base"], row["name"]) for row in read(study.out)}
+        done = {(row["base"], row["name"]) for row in lines.read(study.out)}
         baselines(study, base, done)
         for name in names:
             if (Path(base).name, name) not in done:

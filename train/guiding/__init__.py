@@ -1,0 +1,1 @@
+"""Guidance of trained runs: what they have to guide with, the methods, and what is measured."""
