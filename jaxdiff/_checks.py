@@ -72,7 +72,10 @@ def check_scalars(*trees: PyTree) -> None:
     def visit(node):
         if not isinstance(node, eqx.Module):
             return isinstance(node, nnx.Module)  # whose weights are many, and no such numbers
-        for field in dataclasses.fields(node):
+        fields = dataclasses.fields(node)
+        if any(field.metadata.get("stacked") for field in fields):
+            return True  # numbers inside have an axis of members
+        for field in fields:
             value = getattr(node, field.name, None)
             if field.metadata.get("number") and np.ndim(value):
                 raise ValueError(

@@ -59,7 +59,7 @@ class FeatureEnsemble(eqx.Module):
     the condition.
     """
 
-    networks: Callable[..., Array]
+    networks: Callable[..., Array] = eqx.field(metadata={"stacked": True})
     gates: dict[str, Gate]
 
     @classmethod

@@ -38,7 +38,7 @@ class Experts(eqx.Module):
     """
 
     classifier: Callable[[Array], Array]
-    adapters: Adapter
+    adapters: Adapter = eqx.field(metadata={"stacked": True})
     biases: dict[str, Array]
     edges: Array
     process: GaussianProcess

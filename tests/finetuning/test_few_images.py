@@ -180,6 +180,8 @@ def test_members_keep_numbers_of_their_own():
     expected = (members[0](x, t) + members[1](x, t)) / 2
     assert not np.allclose(members[0](x, t), members[1](x, t), rtol=1e-3)
     assert_allclose(ensemble(x, t), expected, rtol=1e-5, atol=1e-6)
+    model = jaxdiff.NetworkDenoiser(ensemble, processes.VP())
+    assert np.isfinite(jaxdiff.sample(KEY, model, x.shape, 2, times=2).x).all()
 
 
 def test_gates_learn_and_networks_do_not():
