@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from jaxdiff import guidance, solvers
 from jaxdiff.denoiser import Denoiser, NetworkDenoiser
+from jaxdiff.networks import softened
 from jaxdiff.taps import tap_names
 from jaxdiff.training import CheckpointStore, load_run
 from train.core.classifiers import Classifier, logits_of
@@ -177,6 +178,26 @@ def _freedom(parts: Parts, scale: Array) -> Any:
     return guidance.Recurrence(inside, 2, t_low=low, t_high=high)
 
 
+class _Tempered(eqx.Module):
+    """A log-probability times a scale."""
+
+    log_prob: Any
+    scale: Array
+
+    def __call__(self, x0, y):
+        return self.scale * self.log_prob(x0, y)
+
+
+def _elucd(parts: Parts, scale: Any, beta: float | None = 3.0, **options: Any) -> Denoiser:
+    """By the clean classifier, softened; the estimate that it sees is clipped."""
+    guides: Any = parts.guides
+    # Those of points have no activation to be softened.
+    smooth = beta is None or not hasattr(guides.clean, "activation")
+    classifier = guides.clean if smooth else softened(guides.clean, beta)
+    logits = jax.tree_util.Partial(logits_of, classifier)
+    return guidance.EluCD(parts.model, logits, scale, **options)
+
+
 def _particle(parts: Parts, scale: Array) -> Denoiser:
     guided = {CLASSES, DROPOUT} <= parts.has
     return guidance.ClassifierFree(parts.model, parts.none, 3.0) if guided else parts.model
@@ -264,6 +285,17 @@ METHODS: dict[str, Method] = {
         ),
         own="rho of Bayes' rule at the scale, mu scale / 10",
     ),
+    "smc": _by_classifier(
+        1, backward=1,
+        solver=lambda p, s: guidance.TwistedSMC(size=PARTICLES, log_prob=_Tempered(p.clean, s)),
+        own="the clean classifier's probability to the power of the scale",
+    ),
+    "elucd": _by_classifier(1, build=lambda p, s: _elucd(p, s)),
+    # With one component less each.
+    "elucd-noisy-input": _by_classifier(1, build=lambda p, s: _elucd(p, s, input="xt")),
+    "elucd-sharp": _by_classifier(1, build=lambda p, s: _elucd(p, s, beta=None)),
+    "elucd-conditional": _by_classifier(1, build=lambda p, s: _elucd(p, s, tau2=1.0)),
+    "elucd-no-sine": _by_classifier(1, build=lambda p, s: _elucd(p, s, gamma=0.0)),
     "svdd": _by_classifier(
         0,
         solver=lambda p, s: guidance.SVDD(
