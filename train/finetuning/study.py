@@ -199,11 +199,17 @@ def _gain(row: dict[str, Any], by_name: dict[str, Any]) -> list[tuple[float, flo
 
 
 def _share(row: dict[str, Any], by_name: dict[str, Any], full: str) -> float | None:
-    """Of the same seed: from DDIM of as many steps, untuned, to DDIM of many."""
+    """Of the same seed: from DDIM of as many steps, untuned, to DDIM of many.
+
+    None where that is no longer than its error.
+    """
     steps = VARIANTS[row["name"]].get("sampling_steps", 5)
     start = by_name.get(f"ddim, {steps}", {}).get(row["seed"])
     end = by_name.get(full, {}).get(row["seed"])
-    return None if start is None or end is None else measure.gap_closed(row, start, end)
+    if start is None or end is None:
+        return None
+    gap, error = measure.difference(start, end)
+    return None if gap < error else measure.gap_closed(row, start, end)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
