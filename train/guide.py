@@ -116,7 +116,7 @@ class Sweep:
         self.real = source[np.sort(some)]
         self.classes = blocks(self.info.classes, options.num_samples)
         self.settings = settings_of(options, config)
-        self.pace: float | None = None
+        self.plain: Program | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """What was found so far."""
@@ -145,12 +145,11 @@ class Sweep:
         program = self.program(name, steps, scales)
         for seed in sorted({*seeds, *([first] if unseen else [])}):
             swept = self.draw(program, seed)
-            if (name, steps) == ("unguided", self.options.sampling_steps):
-                self.pace = swept.seconds
+            ratio = swept.seconds / self.unguided()
             found = [
                 {
                     "method": name, "steps": steps, "scale": scale, "seed": seed,
-                    "settings": self.settings, "time": swept.seconds / self.unguided(),
+                    "settings": self.settings, "time": ratio,
                     **figures_at(swept, i, method, self.classes, self.chosen, self.reference),
                 }
                 for i, scale in enumerate(scales)
@@ -173,11 +172,10 @@ class Sweep:
         return program(key, self.options.num_samples, self.classes)
 
     def unguided(self) -> float:
-        """Seconds of a sample without guidance, at the same number of steps and in this process."""
-        if self.pace is None:
-            program = self.program("unguided", self.options.sampling_steps, (1.0,))
-            self.pace = self.draw(program, self.options.seeds[0]).seconds
-        return self.pace
+        """Seconds of a sample without guidance, now: others may use the machine, too."""
+        if self.plain is None:
+            self.plain = self.program("unguided", self.options.sampling_steps, (1.0,))
+        return self.draw(self.plain, self.options.seeds[0]).seconds
 
     def write(self, lacks: dict[str, str]) -> str:
         """The table and the curves of the whole file."""

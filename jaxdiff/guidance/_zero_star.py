@@ -67,12 +67,12 @@ class CFGZeroStar(Stepwise, WithNull):
             start = share * v_none
             v = start + scale_at(self.scale, self.process, t) * (v_given - start)
             x0 = ((x + sigma * v) / (alpha + sigma)).astype(x.dtype)
-            eps = ((x - alpha * v) / (alpha + sigma)).astype(x.dtype)
-            return given.replace(x0=x0, eps=eps)
+            # The noise is the one that x0 implies: clipped outside, both stay consistent.
+            return given.replace(x0=x0, eps=None)
 
         if self.zero_steps == 0:
             return guided()
         still = (x / (alpha + sigma)).astype(x.dtype)
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(guided))
-        resting = empty.replace(x0=still, eps=still, notes=kept_notes(self.base))
+        resting = empty.replace(x0=still, notes=kept_notes(self.base))
         return jax.lax.cond(index_of(self) < self.zero_steps, lambda: resting, guided)

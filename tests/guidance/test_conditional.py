@@ -159,6 +159,15 @@ def test_zero_star(x64):
     assert_allclose(call(1.0), given, rtol=1e-9)
     assert_allclose(call(5.0) @ none, given @ none, rtol=1e-9)
     assert not np.allclose(call(5.0), given)
+    # Clipped, it goes on with the noise that the clipped x0 implies.
+    inside = guidance.CFGZeroStar(laws, 2, 5.0, zero_steps=0)
+    step = lambda denoiser: jaxdiff.denoise(
+        KEY, denoiser, x_[None], cond=jnp.asarray([1]), times=jnp.stack([t_, t_ / 2])
+    ).x[0]  # fmt: skip
+    clipped = jnp.clip(x_ + t_ * call(5.0), -0.5, 0.5)
+    assert not np.allclose(clipped, x_ + t_ * call(5.0))
+    expected = (1 - t_ / 2) * clipped + t_ / 2 * (x_ - (1 - t_) * clipped) / t_
+    assert_allclose(step(jaxdiff.Clipped(inside, -0.5, 0.5)), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize(

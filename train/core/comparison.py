@@ -84,7 +84,7 @@ def mean_of(values: Sequence[float], form: str, errors: Sequence[float | None] =
     """The mean over seeds and its standard error; of one seed, the error that is known of it."""
     if not values:
         return ""
-    text = form.format(np.mean(values))
+    text, form = form.format(np.mean(values)), form.replace("+", "")  # errors have no sign
     if len(values) < 2:
         known = [error for error in errors if error is not None and np.isfinite(error)]
         return f"{text} +- {form.format(known[0])}" if known else text

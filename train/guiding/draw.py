@@ -20,7 +20,7 @@ COSTS = {
     "backward": ("backward", "{:.0f}"),
     "gradients": ("classifier gradients", "{:.0f}"),
     "time": ("time", "{:.1f}"),
-    "bytes": ("MiB", "{:.0f}"),
+    "bytes": ("MiB, all scales", "{:.0f}"),
 }
 
 
