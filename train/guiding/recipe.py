@@ -1,8 +1,12 @@
 """Methods of guidance by name: what each needs, and the denoiser and solver it makes of a run.
 
-Of `jaxdiff.guidance` these are left out: `Composable`, which with one concept is `ClassifierFree`;
-`EventGuidance`, whose function does not know the class; `Factorized` and `FixedPart`, which want
-images of several parts.
+Of `jaxdiff.guidance` these are left out: `Composable` and `SemanticGuidance`, which with one
+concept are `ClassifierFree`, and `Conditioned` and `BlackScholesBlending`, which want several;
+`EventGuidance`, whose function does not know the class; `Factorized`, `FixedPart` and `Pasted`,
+which want images of several parts, and `UpsampleGuidance`, of several sizes; `Product` and
+`Mixture`, of several models, and `Corrected`, for a Metropolis step, which want densities;
+`GuidancePolicy` and `LinearAdaptiveGuidance`, which are fitted first; `LateConstraint` and
+`Blended`, which are trained.
 """
 
 import dataclasses
@@ -295,6 +299,13 @@ METHODS: dict[str, Method] = {
     "elucd-noisy-input": _by_classifier(1, build=lambda p, s: _elucd(p, s, input="xt")),
     "elucd-sharp": _by_classifier(1, build=lambda p, s: _elucd(p, s, beta=None)),
     "elucd-conditional": _by_classifier(1, build=lambda p, s: _elucd(p, s, tau2=1.0)),
+    "elucd-steps": _by_classifier(
+        1, own="0.004 scale, before each step of DDIM",
+        solver=lambda p, s: guidance.EluCDSteps(
+            solvers.DDIM(), logits=jax.tree_util.Partial(logits_of, p.guides.clean),
+            scale=0.004 * s,
+        ),
+    ),
     "elucd-no-sine": _by_classifier(1, build=lambda p, s: _elucd(p, s, gamma=0.0)),
     "svdd": _by_classifier(
         0,
