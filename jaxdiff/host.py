@@ -76,6 +76,6 @@ def check_no_host(*trees: PyTree) -> None:
     leaves = jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, HostFunction))
     if any(isinstance(leaf, HostFunction) for leaf in leaves):
         raise ValueError(
-            "`sharding` must be None with a HostFunction inside: it runs on one host, and would "
-            "gather every example there at every step. Write it in JAX, or sample on one device."
+            "A HostFunction runs on one host, and examples that are split over devices would be "
+            "gathered there at every step. Write it in JAX, or sample on one device, sharding=None."
         )

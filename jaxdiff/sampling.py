@@ -433,6 +433,8 @@ def sample(
     kind: Any = type(denoiser)
     kind.check_cond(denoiser, cond)
     check_scalars(denoiser, solver)
+    if isinstance(solver, PopulationSolver):
+        solver.check_populations(cond)
     if is_known(first_index):
         check_count("first_index", first_index, least=0)
     options = _Options(solver, stepsize_controller, adjoint, saveat, last_k)
@@ -618,6 +620,11 @@ def _run(
     model.check_cond(cond)
     check_scalars(model, solver)
     check_finite(x)
+    split = _split_of(x)
+    if split is not None:
+        check_no_host(model, solver)
+    if isinstance(solver, PopulationSolver):
+        solver.check_populations(cond)
     times = resolve_grid(model, times, solver, count, increasing=direction == 1)
     _check_last_k(options.last_k, times)
     _check_saved(options.saveat, times)
@@ -625,7 +632,7 @@ def _run(
         solver.check_start(model.process, times, memory)
     return _continue(
         key, x, cond, model, times, options, memory=memory, notes=notes, first_step=first_step,
-        direction=direction, batch_size=batch_size, sharding=_split_of(x),
+        direction=direction, batch_size=batch_size, sharding=split,
     )  # fmt: skip
 
 

@@ -34,6 +34,17 @@ def test_pages_run(name, capsys, tmp_path, monkeypatch):
     capsys.readouterr()
 
 
+def test_documents_are_whole():
+    """No marks of two versions that were joined by hand."""
+    root = FILES[0].parent.parent.parent
+    for path in [
+        *root.glob("*.md"),
+        *(root / "docs").rglob("*.md"),
+        *(root / "train").rglob("*.md"),
+    ]:
+        assert not re.search(r"^(<{7}|={7}|>{7})", path.read_text(), re.MULTILINE), path.name
+
+
 def test_there_is_one_for_each_kind_and_the_page_shows_them():
     assert {path.stem for path in FILES} == {"guidance", "loss", "metric", "solver", "source"}
     page = (FILES[0].parent.parent / "extending.md").read_text()

@@ -31,7 +31,6 @@ from jaxdiff.guidance._independent import IndependentCondition as IndependentCon
 from jaxdiff.guidance._independent import TimeStepGuidance as TimeStepGuidance
 from jaxdiff.guidance._independent import UniformLabel as UniformLabel
 from jaxdiff.guidance._interval import LimitedInterval as LimitedInterval
-from jaxdiff.guidance._invariant import Blended as Blended
 from jaxdiff.guidance._invariant import GroupingLoss as GroupingLoss
 from jaxdiff.guidance._invariant import GroupWeights as GroupWeights
 from jaxdiff.guidance._invariant import InvariantLoss as InvariantLoss

@@ -3,7 +3,7 @@
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, check_denoiser
 from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 
 
@@ -12,7 +12,8 @@ class Autoguidance(DenoiserMap):
 
     Kind 1, with two children. The weak one is a smaller network, one that was trained for less
     long, or both, of the same process and data; no condition is needed. What maps inside remember
-    is kept of both.
+    is kept of both. Below 1 it is a blend: of two Gaussians of one covariance the one between, of
+    noise, velocity and score by the same weights.
 
     Args:
         base: the model.
@@ -28,6 +29,7 @@ class Autoguidance(DenoiserMap):
     scale: Scale = number(1.0)
 
     def __check_init__(self):
+        check_denoiser(self.weak, "weak")
         check_scale(self.scale)
 
     def estimate(

@@ -105,6 +105,11 @@ class Product(_Composition):
     Visual Generation with Composable Diffusion Models", 2022, arXiv 2206.01714.
     """
 
+    @property
+    def bounded_start(self) -> bool:
+        """True: scores are added, and weights need not add up to 1."""
+        return True
+
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:

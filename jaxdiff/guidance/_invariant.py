@@ -6,54 +6,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff._checks import check_count, check_key, check_kind, check_number
 from jaxdiff._tree import Number, number, root
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, check_denoiser
-from jaxdiff.guidance._scale import Scale, ScaleSchedule, scale_at
+from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.losses import DenoisingLoss, each_example, stratified_uniform
 from jaxdiff.losses._batch import check_batch, wide
-
-
-class Blended(DenoiserMap):
-    """(1 - ratio) D + ratio D_delta, both under the same condition.
-
-    Kind 1, with two children. x0 is blended. Noise, velocity and score are affine in x0 at fixed
-    x, and the weights add up to 1, so that each of them is blended by the same weights. Of two
-    Gaussians of one covariance C this is N((1 - ratio) m + ratio m_delta, C), exactly. `Product`
-    of the two, with these weights, is the same.
-
-    A delta that is a copy of the base begins as the base. One whose network answers 0 does not:
-    the blend's prediction, of noise say, is then (1 - ratio) times the base's.
-
-    Args:
-        base: the pretrained model.
-        delta: what is learned, a denoiser of the same process and conditions.
-        ratio: of the delta, a number or a `ScaleSchedule`; 0 is the base.
-
-    Reference: Hou, Wu, Xu, Huang, Bai, Wu, Bian, "InvDiff: Invariant Guidance for Bias Mitigation
-    in Diffusion Models", 2024, arXiv 2412.08480.
-    """
-
-    base: Denoiser
-    delta: Denoiser
-    ratio: Scale = number(0.5)
-
-    def __check_init__(self):
-        check_denoiser(self.delta, "delta")
-        if not isinstance(self.ratio, ScaleSchedule):
-            check_number("ratio", self.ratio)
-
-    def estimate(
-        self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
-    ) -> Estimate:
-        """See `Denoiser`."""
-        found = self.base.estimate(x, t, cond, key=key)
-        delta = self.delta.estimate(x, t, cond, key=key)
-        ratio = scale_at(self.ratio, self.process, t)
-        x0 = (1 - ratio) * found.x0 + ratio * delta.x0
-        return found.replace(x0=x0.astype(x.dtype), notes={**found.notes, **delta.notes})
 
 
 class GroupWeights(eqx.Module):
@@ -149,8 +108,9 @@ class GroupingLoss(eqx.Module):
     Args:
         floor: of the smallest share of a loss.
 
-    Reference: as of `Blended`. The code there clips rows and divides them by their sums, has a
-    floor of 3, and l from noise compared with clean examples.
+    Reference: Hou, Wu, Xu, Huang, Bai, Wu, Bian, "InvDiff: Invariant Guidance for Bias Mitigation
+    in Diffusion Models", 2024, arXiv 2412.08480. The code there clips rows and divides them by
+    their sums, has a floor of 3, and l from noise compared with clean examples.
     """
 
     floor: Number = number(0.0)
@@ -198,18 +158,20 @@ class InvariantLoss(eqx.Module):
     their mean and variance (L_1 - L_2)^2 / 2. Sums are over the whole batch, on all devices. Noise
     of L_g in a small batch counts as a difference of groups, at any weights.
 
-    For `Blended`, where the delta alone learns:
+    For the pretrained model and a second one, which alone learns, blended by `Autoguidance`:
 
-        model = Blended(base, delta)
-        Player(model, InvariantLoss(), optimizer, trainable=lambda m: m.delta.network)
+        model = Autoguidance(delta, base, scale=0.5)
+        Player(model, InvariantLoss(), optimizer, trainable=lambda m: m.base.network)
 
-    The weights are the constant "groups", a `GroupWeights`.
+    A delta that is a copy of the base begins as the base. One whose network answers 0 does not: the
+    blend's prediction, of noise say, is then 1 - scale times the base's. The weights are the
+    constant "groups", a `GroupWeights`.
 
     Args:
         variance: weight of the variance.
         loss: of one example.
 
-    Reference: as of `Blended`.
+    Reference: as of `GroupingLoss`.
     """
 
     variance: Number = number(1.0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_count, check_number
-from jaxdiff._tree import Number, number
+from jaxdiff._tree import Number, is_known, number
 from jaxdiff.conditions import take
 from jaxdiff.guidance._scale import norm
 from jaxdiff.processes import GaussianProcess
@@ -63,10 +63,11 @@ class IncreasingStrength(GridStrength):
 class DecreasingStrength(GridStrength):
     """In proportion to 1 - (alpha_t / alpha_s)^2, with a given mean over the steps: more in noise.
 
-    For processes whose alpha falls.
-
     Args:
         strength: the mean.
+
+    Raises:
+        ValueError: when used, for a process whose alpha does not fall.
 
     Reference: as of `IncreasingStrength`.
     """
@@ -78,6 +79,15 @@ class DecreasingStrength(GridStrength):
 
     def over(self, process: GaussianProcess, times: Array) -> Array:
         """See `GridStrength`."""
+        with jax.ensure_compile_time_eval():
+            ends = process.alpha(jnp.asarray([1e-3, 0.5]))
+            flat = ends[0] == ends[1]
+        # The process itself may be traced.
+        if is_known(flat) and flat:
+            raise ValueError(
+                f"`DecreasingStrength` must be of a process whose alpha falls, got "
+                f"{type(process).__name__}. Take a number, or a function of t."
+            )
         alpha = process.alpha(times)
         return _shared_out(self.strength, 1 - (alpha[:-1] / alpha[1:]) ** 2)
 

@@ -7,10 +7,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_number
-from jaxdiff._tree import Number, number
+from jaxdiff._tree import Number, is_known, number
 from jaxdiff.conditions import take
 from jaxdiff.denoiser import Estimate
 from jaxdiff.guidance._training_free import check_scalar, with_cond
@@ -61,8 +62,8 @@ class TwistedSMC(PopulationSolver):
 
     Raises:
         TypeError: for a base without a kernel.
-        ValueError: for a base that draws nothing, or when called, without "y", or for a log_prob
-            that is no scalar.
+        ValueError: for a base that draws nothing; when called, without "y", for particles of one
+            population with different conditions, or for a log_prob that is no scalar.
 
     Reference: Wu, Trippe, Naesseth, Blei, Cunningham, "Practical and Asymptotically Exact
     Conditional Sampling in Diffusion Models", 2023, arXiv 2306.17775.
@@ -80,6 +81,17 @@ class TwistedSMC(PopulationSolver):
             check_callable("twist", self.twist, "jax.tree_util.Partial(function, weights)")
         check_number("threshold", self.threshold, least=0.0, most=1.0)
         check_kernel(self, self.base)
+
+    def check_populations(self, cond: PyTree) -> None:
+        """See `PopulationSolver`: particles of a population have one condition."""
+        for leaf in jax.tree.leaves(cond):
+            if is_known(leaf) and len(leaf) % self.size == 0:
+                groups = np.asarray(leaf).reshape(-1, self.size, *np.shape(leaf)[1:])
+                if not np.array_equal(groups, np.broadcast_to(groups[:, :1], groups.shape)):
+                    raise ValueError(
+                        f"`cond` must be the same for {self.size} examples in a row, which are one "
+                        "population, got different ones. Repeat each with jnp.repeat."
+                    )
 
     def init_memory(self, problem: Problem, x: Array) -> ParticleMemory:
         """See `DiffusionSolver`."""

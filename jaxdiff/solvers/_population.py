@@ -45,6 +45,14 @@ class PopulationSolver(DiffusionSolver):
         check_base(self, self.base)
         check_count("size", self.size, instead="A population of 1 is a sampler by itself.")
 
+    def check_populations(self, cond: PyTree) -> None:
+        """Reject conditions of a batch that do not make populations, where they are known.
+
+        Raises:
+            ValueError: where particles must share what they do not.
+        """
+        del cond
+
     @property
     def stochastic(self) -> bool:
         """The base's."""

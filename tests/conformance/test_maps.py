@@ -98,7 +98,6 @@ MAPS = {
         lambda base: guidance.IndependentCondition(base, guidance.UniformLabel(2), 2.0), 10, 5,
     ),
     "Autoguidance": (lambda base: guidance.Autoguidance(base, Weaker(base), 2.0), 10, 10),
-    "Blended": (lambda base: guidance.Blended(base, Weaker(base), 0.3), 10, 10),
     "ClassifierGuidance": (
         lambda base: guidance.ClassifierGuidance(base, jax.tree_util.Partial(towards), 0.3), 5, 5,
     ),

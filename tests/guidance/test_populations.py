@@ -154,9 +154,12 @@ def test_errors():
     asked = jaxdiff.HostFunction(lambda x: x.sum(-1))
     mesh = jaxdiff.parallel.make_mesh()
     sharding = jaxdiff.parallel.batch_sharding(mesh)
-    with pytest.raises(ValueError, match="`sharding` must be None with a HostFunction inside"):
+    with pytest.raises(ValueError, match="A HostFunction runs on one host"):
         solver = guidance.SVDD(reward=asked)
         jaxdiff.sample(KEY, laws, (2,), 8, solver=solver, times=2, sharding=sharding)
+    spread = jax.device_put(jnp.zeros((8, 2)), sharding)
+    with pytest.raises(ValueError, match="A HostFunction runs on one host"):
+        jaxdiff.denoise(KEY, laws, spread, solver=solver, times=jnp.asarray([0.5, 0.1]))
     with pytest.raises(TypeError, match="A HostFunction has no derivative"):
         guide = guidance.ManifoldPreserving(laws, lambda x0, y: asked(x0))
         jaxdiff.sample(KEY, guide, (2,), 2, cond={"y": jnp.zeros((2, 2))}, times=2)

@@ -178,13 +178,13 @@ def test_blends_of_gaussians_are_gaussians(x64, process):
 
     @jax.jit
     def answers(ratio):
-        blended = guidance.Blended(one, other, ratio)
+        blended = guidance.Autoguidance(other, one, ratio)
         product = guidance.Product([one, other], [1 - ratio, ratio])
         kinds = (predictions.X0(), predictions.Eps(), predictions.V(), predictions.Score())
         found = [blended.predict(kind, x, t) for kind in kinds]
         parts = [[d.predict(kind, x, t) for kind in kinds] for d in (one, other, between, product)]
         silent = jaxdiff.NetworkDenoiser(jax.tree_util.Partial(nothing), process)
-        zero = guidance.Blended(one, silent, ratio).predict(predictions.Eps(), x, t)
+        zero = guidance.Autoguidance(silent, one, ratio).predict(predictions.Eps(), x, t)
         return found, parts, zero
 
     found, (first, second, exact, product), zero = answers(0.3)
@@ -204,18 +204,18 @@ def nothing(x, t, cond=None, *, key=None):
 def test_a_delta_learns_alone_on_any_devices():
     batch = grouped(16)
     groups = guidance.group_weights(KEY, 16, 3, size=1.0)
-    model = guidance.Blended(Gain(jnp.asarray(0.5)), Gain(jnp.asarray(0.0)))
+    model = guidance.Autoguidance(Gain(jnp.asarray(0.0)), Gain(jnp.asarray(0.5)), 0.5)
     player = Player(
-        model, guidance.InvariantLoss(2.0), optax.sgd(0.1), trainable=lambda m: m.delta.network
+        model, guidance.InvariantLoss(2.0), optax.sgd(0.1), trainable=lambda m: m.base.network
     )
     step, constants = make_train_step({"model": player}), {"groups": groups}
     mesh = parallel.make_mesh(devices=jax.devices())
     spread = jax.device_put(batch, parallel.batch_sharding(mesh))
     states = [init_train_state({"model": player}, KEY, mesh=m) for m in (None, mesh)]
     after = [step(s, b, constants) for s, b in zip(states, (batch, spread), strict=True)]
-    deltas = [s.players["model"].model.delta.network for s, _ in after]
+    deltas = [s.players["model"].model.base.network for s, _ in after]
     assert_allclose(deltas[0], deltas[1], rtol=1e-5)
-    assert deltas[0] != 0 and after[0][0].players["model"].model.base.network == 0.5
+    assert deltas[0] != 0 and after[0][0].players["model"].model.weak.network == 0.5
     assert_allclose(after[0][1]["spread"], after[1][1]["spread"], rtol=1e-5)
 
 
@@ -231,10 +231,10 @@ def test_errors_of_groups():
         guidance.example_losses(model, key, {"x": batch["x"]})
     with pytest.raises(ValueError, match="'loss'"):
         guidance.GroupingLoss()(groups, key, batch, {})
-    with pytest.raises(TypeError, match="`delta` must be a denoiser"):
-        guidance.Blended(model, lambda x: x)
-    with pytest.raises(TypeError, match="`ratio` must be a number"):
-        guidance.Blended(model, model, "half")
+    with pytest.raises(TypeError, match="`weak` must be a denoiser"):
+        guidance.Autoguidance(model, lambda x: x)
+    with pytest.raises(TypeError, match="`scale` must be a number"):
+        guidance.Autoguidance(model, model, "half")
     for make in (guidance.InvariantLoss, guidance.GroupingLoss):
         with pytest.raises(ValueError, match="at least 0"):
             make(-1.0)

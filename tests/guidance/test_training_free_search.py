@@ -150,6 +150,12 @@ def test_errors(x64):
         KEY, laws, solver, (3,), 2, cond={"y": jnp.ones((2, 1))}, times=2,
         **{"metric": Partial(jnp.sum)} | options,
     )  # fmt: skip
+    with pytest.raises(ValueError, match="`DecreasingStrength` must be of a process whose alpha"):
+        flat = TrainingFree(log_prob=Partial(lambda x0, y: -jnp.sum(x0)), rho=DecreasingStrength())
+        jaxdiff.sample(
+            KEY, gaussian(processes.EDM()), (3,), 2, cond={"y": jnp.ones((2, 1))}, solver=flat,
+            times=2,
+        )  # fmt: skip
     full = solver_of(1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="`solver` must use one strength at least"):
         go(solver_of(None, 1.0, 1.0, draws=0, iterations=0))

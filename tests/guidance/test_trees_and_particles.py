@@ -162,6 +162,9 @@ def test_errors():
     solver = guidance.TwistedSMC(size=2, log_prob=SEEN)
     with pytest.raises(ValueError, match="`cond` must have the entries 'y' for TwistedSMC"):
         jaxdiff.sample(KEY, laws(), (2,), 2, solver=solver, times=2)
+    with pytest.raises(ValueError, match="`cond` must be the same for 2 examples in a row"):
+        cond = {"y": jnp.asarray([0.1, 0.2])}
+        jaxdiff.sample(KEY, laws(), (2,), 2, solver=solver, times=2, cond=cond)
     grow = lambda *args, **options: guidance.tree_sample(
         KEY, *args, **{"rollouts": 2, "times": 2, **options}
     )

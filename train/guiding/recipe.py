@@ -5,8 +5,8 @@ concept are `ClassifierFree`, and `Conditioned` and `BlackScholesBlending`, whic
 `EventGuidance`, whose function does not know the class; `Factorized`, `FixedPart` and `Pasted`,
 which want images of several parts, and `UpsampleGuidance`, of several sizes; `Product` and
 `Mixture`, of several models, and `Corrected`, for a Metropolis step, which want densities;
-`GuidancePolicy` and `LinearAdaptiveGuidance`, which are fitted first; `LateConstraint` and
-`Blended`, which are trained.
+`GuidancePolicy` and `LinearAdaptiveGuidance`, which are fitted first; `LateConstraint`,
+which is trained.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from train.core.classifiers import Classifier, logits_of
 from train.core.config import RunConfig, load_config
 from train.core.data import DataInfo, Source
 from train.core.sampling import load_model
-from train.guiding.classifiers import Guides, guidable, load_guides
+from train.guiding.classifiers import guidable, load_guides
 from train.pretraining.recipe import Config
 
 # Consecutive samples have one class, so that they may be a population.
@@ -55,20 +55,20 @@ class Parts(eqx.Module):
 
     model: Denoiser
     weaker: Denoiser | None = None
-    guides: Guides | None = None
-    num_classes: int | None = eqx.field(static=True, default=None)
+    guides: Any = None
+    num_classes: Any = eqx.field(static=True, default=None)
     layers: tuple[str, ...] = eqx.field(static=True, default=())
     has: frozenset[str] = eqx.field(static=True, default=frozenset())
 
     @property
     def none(self) -> int:
         """The label of no class."""
-        return self.num_classes  # type: ignore[return-value]
+        return self.num_classes
 
     @property
     def clean(self) -> Any:
         """log p(y | x0), a function of x0 and y with weights."""
-        return jax.tree_util.Partial(_log_prob, self.guides.clean)  # type: ignore[union-attr]
+        return jax.tree_util.Partial(_log_prob, self.guides.clean)
 
 
 def _log_prob(classifier: Classifier, x0: Array, y: Array) -> Array:
