@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._tree import is_known
+from jaxdiff._tree import as_number, is_known
 
 
 def check_key(key: PRNGKeyArray, argument: str = "key") -> None:
@@ -125,6 +125,29 @@ def check_kind(argument: str, value: Any, kind: type, example: str) -> None:
     raise TypeError(f"`{argument}` must be a {kind.__name__}, got {got}. {remedy}")
 
 
+def check_same_process(argument: str, process: Any, expected: Any) -> None:
+    """Reject another process than a denoiser's: of another kind, or of other numbers if known.
+
+    Args:
+        argument: what an error calls whose process it is.
+        process: the process.
+        expected: that of the denoiser beside it.
+
+    Raises:
+        ValueError: for another one.
+    """
+    pairs = zip(jax.tree.leaves(process), jax.tree.leaves(expected), strict=False)
+    known = [pair for pair in pairs if all(eqx.is_array_like(a) and is_known(a) for a in pair)]
+    # Numbers that went through a compiled step were rounded there.
+    same = (np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-5, atol=0) for a, b in known)
+    kinds: Any = [jax.tree.structure(one) for one in (process, expected)]
+    if kinds[0] != kinds[1] or not all(same):
+        raise ValueError(
+            f"`{argument}` must be of the process of `base`, {expected!r:.100}, got "
+            f"{process!r:.100}. Give both one process: x_t and t mean another thing there."
+        )
+
+
 def check_callable(argument: str, value: Any, example: str) -> None:
     """Reject what cannot be called, and classes, whose call makes an object.
 
@@ -190,6 +213,15 @@ def check_batch_size(batch_size: Any) -> int | None:
     return check_count("batch_size", batch_size, instead="Leave it out for all at once.")
 
 
+def is_no_number(value: Any) -> bool:
+    """Whether a value surely is no real number, nor an array of them, nor left out."""
+    if hasattr(value, "dtype"):
+        kinds = jnp.integer, jnp.floating
+        return not any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    plain = (str, bool, complex, list, tuple, dict)
+    return isinstance(value, plain) or callable(value)
+
+
 def check_number(
     argument: str,
     value: Any,
@@ -201,7 +233,7 @@ def check_number(
     finite: bool = True,
     instead: str = "",
 ) -> None:
-    """Reject a number outside its range; what is traced or an array passes.
+    """Reject a number of any kind outside its range; what is traced or an array passes.
 
     Args:
         argument: what an error calls it.
@@ -214,14 +246,15 @@ def check_number(
         instead: what an error proposes.
 
     Raises:
-        TypeError: for a string or another thing that is no number.
+        TypeError: for a string, a function or another thing that is no number.
         ValueError: for NaN, or a number out of range.
     """
+    value = as_number(value)
     if not isinstance(value, float):
         # Leaves of a module are also placeholders of transformations: only what surely is no
         # number is refused.
-        if isinstance(value, (str, bool)):
-            raise TypeError(f"`{argument}` must be a number, got {value!r}. {instead}".rstrip())
+        if is_no_number(value):
+            raise TypeError(f"`{argument}` must be a number, got {value!r:.60}. {instead}".rstrip())
         return
     outside = value < least or value > most or value <= above > -math.inf
     outside |= value >= below < math.inf

@@ -123,6 +123,42 @@ def check_labels(labels: PyTree, num_classes: int) -> None:
             )
 
 
+def check_classes(y: PyTree, num_classes: int | None) -> None:
+    """Reject what is no class of a classifier, as far as it is known.
+
+    Args:
+        y: integers of any shape; traced ones pass if they are integers.
+        num_classes: number of classes, or None where the classifier does not say.
+
+    Raises:
+        ValueError: for numbers that are no integers, or the first class that there is not.
+    """
+    for leaf in jax.tree.leaves(y):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(
+                f"`y` must be an integer class for each example, got {dtype} of shape "
+                f"{jnp.shape(leaf)}. Convert it by jnp.asarray(y, jnp.int32)."
+            )
+        if not is_known(leaf):
+            continue
+        values = np.asarray(leaf)
+        outside = values[
+            (values < 0) | (values >= (np.inf if num_classes is None else num_classes))
+        ]
+        if outside.size:
+            most = "" if num_classes is None else f" and at most {num_classes - 1}"
+            raise ValueError(
+                f"`y` must be classes of the classifier, at least 0{most}, got {outside.flat[0]}."
+            )
+
+
+def num_classes_of(classifier: Any) -> int | None:
+    """How many classes a classifier has, if it says so: by `num_classes`, or its `out_features`."""
+    found = getattr(classifier, "num_classes", None)
+    return getattr(classifier, "out_features", None) if found is None else found
+
+
 def null_where(drop: Array, cond: PyTree, null_cond: PyTree) -> PyTree:
     """The condition, with the network's entries replaced by their null values where `drop` is.
 

@@ -15,6 +15,7 @@ from jaxdiff._checks import (
     check_kind,
     check_network_cond,
     check_number,
+    check_same_process,
     check_takes_key,
 )
 from jaxdiff._tree import Number, number, straight_through_clip
@@ -46,8 +47,43 @@ class Estimate(eqx.Module):
     taps: dict[str, Array] = eqx.field(default_factory=dict)
 
     def replace(self, **changes: PyTree) -> "Estimate":
-        """The estimate with other values; maps change x0 and keep the rest."""
+        """The estimate with other values, and the rest as it is, a stated noise too."""
         return dataclasses.replace(self, **changes)
+
+    def moved(self, process: GaussianProcess, t: Array, x0: Array) -> "Estimate":
+        """The estimate with another x0; a stated noise moves along, as the implied one does.
+
+        eps' = eps - alpha / sigma (x0' - x0): what states the noise that its x0 implies does so
+        still.
+        """
+        x0 = x0.astype(self.x0.dtype)
+        if self.eps is None:
+            return self.replace(x0=x0)
+        shift = process.alpha(t) / process.sigma(t) * (x0 - self.x0)
+        return self.replace(x0=x0, eps=(self.eps - shift).astype(self.eps.dtype))
+
+    def noise(self, process: GaussianProcess, x: Array, t: Array) -> Array:
+        """The stated noise, or the one that x0 implies."""
+        return Eps().from_x0(process, x, t, self.x0) if self.eps is None else self.eps
+
+
+def combined(
+    rule: Callable[..., Array], process: GaussianProcess, x: Array, t: Array, *found: Estimate
+) -> Estimate:
+    """Estimates by a linear rule, in x0, and in the noise where one of them states it.
+
+    Args:
+        rule: `(*arrays) -> array`, of as many arrays `(*event)` as there are estimates.
+        process: the forward process.
+        x: the noisy example, `(*event)`.
+        t: scalar time.
+        found: estimates; all but x0 and noise is that of the first.
+    """
+    x0 = rule(*[one.x0 for one in found]).astype(x.dtype)
+    if all(one.eps is None for one in found):
+        return found[0].replace(x0=x0)
+    eps = rule(*[one.noise(process, x, t) for one in found])
+    return found[0].replace(x0=x0, eps=eps.astype(x.dtype))
 
 
 class Denoiser(eqx.Module):
@@ -82,6 +118,11 @@ class Denoiser(eqx.Module):
         `bounded_start`.
         """
         return False
+
+    @property
+    def needs_signal(self) -> bool:
+        """Whether a grid of one's own must start where alpha > 0, by which something is divided."""
+        return self.bounded_start
 
     @abstractmethod
     def __call__(
@@ -360,11 +401,12 @@ class DenoiserMap(Denoiser):
     A map defines `estimate`, and in it changes what its bases estimate, usually x0 alone:
 
         found = self.base.estimate(x, t, cond, key=key)
-        return found.replace(x0=jnp.clip(found.x0, -1, 1))
+        return found.moved(self.process, t, jnp.clip(found.x0, -1, 1))
 
-    so that a learned variance, another noise and the notes of other maps pass through. A map that
-    speaks of nothing but x0 may define `__call__` instead. The process is that of `base`, and the
-    cost that of all denoisers inside, unless the map says otherwise.
+    so that a learned variance and the notes of other maps pass through, and another noise moves
+    along; `found.replace(x0=...)` leaves that as it is. A map that speaks of nothing but x0 may
+    define `__call__` instead. The process is that of `base`, which denoisers beside it must
+    share, and the cost that of all denoisers inside, unless the map says otherwise.
     """
 
     if TYPE_CHECKING:  # a field or a property
@@ -384,6 +426,8 @@ class DenoiserMap(Denoiser):
 
     def __check_init__(self):
         check_denoiser(self.base, "base")
+        for path, child in self._children():
+            check_same_process(jax.tree_util.keystr(path)[1:], child.process, self.base.process)
         kind = type(self)
         if kind.__call__ is DenoiserMap.__call__ and kind.estimate is DenoiserMap.estimate:
             raise TypeError(
@@ -401,8 +445,13 @@ class DenoiserMap(Denoiser):
     @property
     def children(self) -> list[Denoiser]:
         """The denoisers that the map calls."""
-        leaves = jax.tree.leaves(self, is_leaf=lambda n: isinstance(n, Denoiser) and n is not self)
-        return [leaf for leaf in leaves if isinstance(leaf, Denoiser)]
+        return [child for _, child in self._children()]
+
+    def _children(self) -> list[tuple[Any, Denoiser]]:
+        leaves = jax.tree_util.tree_leaves_with_path(
+            self, is_leaf=lambda n: isinstance(n, Denoiser) and n is not self
+        )
+        return [(path, leaf) for path, leaf in leaves if isinstance(leaf, Denoiser)]
 
     @property
     def process(self) -> GaussianProcess:
@@ -413,6 +462,11 @@ class DenoiserMap(Denoiser):
     def bounded_start(self) -> bool:
         """Where any denoiser inside asks for it."""
         return any(child.bounded_start for child in self.children)
+
+    @property
+    def needs_signal(self) -> bool:
+        """Where it or any denoiser inside does."""
+        return self.bounded_start or any(child.needs_signal for child in self.children)
 
     @property
     def evaluations(self) -> Array | int:
@@ -499,7 +553,7 @@ class Clipped(DenoiserMap):
         """See `Denoiser`."""
         found = self.base.estimate(x, t, cond, key=key)
         clip = straight_through_clip if self.straight_through else jnp.clip
-        return found.replace(x0=clip(found.x0, self.low, self.high))
+        return found.moved(self.process, t, clip(found.x0, self.low, self.high))
 
 
 class DynamicThresholding(DenoiserMap):
@@ -529,7 +583,7 @@ class DynamicThresholding(DenoiserMap):
         found = self.base.estimate(x, t, cond, key=key)
         limit = jnp.maximum(jnp.quantile(jnp.abs(found.x0), self.quantile), 1.0)
         limit = limit.astype(found.x0.dtype)
-        return found.replace(x0=jnp.clip(found.x0, -limit, limit) / limit)
+        return found.moved(self.process, t, jnp.clip(found.x0, -limit, limit) / limit)
 
 
 Where = Callable[[Denoiser], Denoiser | tuple[Denoiser, ...]]

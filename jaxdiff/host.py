@@ -25,7 +25,9 @@ class HostFunction(eqx.Module):
 
     Raises:
         TypeError: where a derivative is asked for.
-        ValueError: when called, for a function that returns anything but one number an example.
+        jax.errors.JaxRuntimeError: when a result is waited for, in `sample` too, for a function
+            that returns anything but one number an example, or raises; its text ends with that of
+            what was raised on the host.
     """
 
     function: Callable[[np.ndarray], Any] = eqx.field(static=True)

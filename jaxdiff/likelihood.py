@@ -287,6 +287,6 @@ def dequantize(
 
 def _check_levels(levels, low, high) -> None:
     check_count("levels", levels, least=2)
-    check_number("low", as_number(low))
+    check_number("low", low)
     if isinstance(as_number(low), float):
-        check_number("high", as_number(high), above=as_number(low))
+        check_number("high", high, above=as_number(low))

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_number
-from jaxdiff._tree import as_float_array, as_number, is_known, jit
+from jaxdiff._tree import as_float_array, is_known, jit
 from jaxdiff.conditions import LABEL, as_entries, check_labels, check_taken
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.flow_map import FlowMap
@@ -352,7 +352,7 @@ def low_rank_mixture(
         ValueError: if the shapes do not match.
     """
     means, factors = as_float_array(means), as_float_array(factors)
-    check_number("noise_std", as_number(noise_std), least=0.0)
+    check_number("noise_std", noise_std, least=0.0)
     size = means[0].size
     if factors.ndim != 3 or factors.shape[:2] != (means.shape[0], size) or factors.shape[2] > size:
         raise ValueError(

@@ -71,6 +71,10 @@ class Eps(Prediction):
         alpha = process.alpha(t)
         return 1 / alpha, -process.sigma(t) / alpha
 
+    def from_x0(self, process: GaussianProcess, x: Array, t: Array, x0: Array) -> Array:
+        """See `Prediction`; finite where alpha is 0, too."""
+        return (x - process.alpha(t) * x0) / process.sigma(t)
+
 
 class V(Prediction):
     """v = alpha eps - sigma x0.
@@ -98,6 +102,10 @@ class Score(Prediction):
         """(1, sigma^2) / alpha."""
         alpha = process.alpha(t)
         return 1 / alpha, process.sigma(t) ** 2 / alpha
+
+    def from_x0(self, process: GaussianProcess, x: Array, t: Array, x0: Array) -> Array:
+        """See `Prediction`; finite where alpha is 0, too."""
+        return (process.alpha(t) * x0 - x) / process.sigma(t) ** 2
 
 
 class Velocity(Prediction):

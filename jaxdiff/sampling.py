@@ -25,7 +25,14 @@ from jaxdiff.flow_map import FlowMap
 from jaxdiff.host import check_no_host
 from jaxdiff.parallel import join_devices, place_batch
 from jaxdiff.solvers import _stock
-from jaxdiff.solvers._base import DiffusionSolver, GridSteps, Problem, SolverState, check_model
+from jaxdiff.solvers._base import (
+    DiffusionSolver,
+    GridSteps,
+    Problem,
+    SolverState,
+    check_model,
+    check_signal_start,
+)
 from jaxdiff.solvers._brownian import float_bits
 from jaxdiff.solvers._ddim import DDIM
 from jaxdiff.solvers._population import PopulationSolver
@@ -265,13 +272,12 @@ def _continue(
 def resolve_grid(model, times, solver, num_samples, *, increasing=False) -> Array:
     """The grid of `sample`'s `times`, checked."""
     own = isinstance(solver, DiffusionSolver)
-    process = model.process
-    if jnp.ndim(times) == 2:
+    process, counted = model.process, np.ndim(times) == 0
+    if np.ndim(times) == 2:
         times = check_grids(process, times, num_samples, increasing=increasing)
     else:
         t_end = 0.0 if own and not increasing else process.t_min
         customary = solver.default_times if own else None
-        counted = jnp.ndim(times) == 0
         times = resolve_times(
             process, times, t_end=t_end, increasing=increasing, customary=customary
         )
@@ -279,6 +285,10 @@ def resolve_grid(model, times, solver, num_samples, *, increasing=False) -> Arra
             times = bounded_times(process, times)
     if not own:
         _stock.check_stock(solver, process, times)
+    elif not counted and not increasing:
+        for part in (model, solver):
+            if isinstance(part, Denoiser | DiffusionSolver) and part.needs_signal:
+                check_signal_start(type(part), process, times)
     return times
 
 
@@ -344,7 +354,7 @@ def _check_options(model, times, num_samples, batch_size, options: _Options) -> 
                     f"`{argument}` must be a multiple of the population's size {solver.size}, got "
                     f"{count}. Consecutive examples form a population."
                 )
-        if jnp.ndim(times) == 2:
+        if np.ndim(times) == 2:
             raise ValueError(
                 "`times` must be one grid for all with a population, whose particles step "
                 f"together, got shape {jnp.shape(times)}."

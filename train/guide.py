@@ -51,7 +51,8 @@ class Options:
         batch_size: samples of each scale at a time.
         weaker: which earlier checkpoint is the weaker model, as a share of the run's steps.
         equal_cost: measure plain guidance with as many evaluations as each method, too.
-        classifier_steps: of the training of classifiers; None for the run's own.
+        classifier_steps: of the training of classifiers, those that guide and the one that
+            measures; None for the run's own.
         data_path: where the data are, if they have moved.
         name: of the folder in the run's directory.
     """
@@ -213,6 +214,7 @@ def main(options: Options) -> list[dict[str, Any]]:
         path := Path(config.run_dir) / options.name / "table.jsonl",
         lines.read(path),
         settings_of(options, config),
+        "name",
     )
     has, _ = abilities(config, info, load_model(config).model)
     lacks = {name: need for name, method in METHODS.items() if (need := lacking(method, has))}

@@ -12,6 +12,7 @@ from jaxdiff.guidance._scale import (
     Scale,
     WithNull,
     check_scale,
+    extrapolated,
     inner,
     norm,
     scale_at,
@@ -83,8 +84,9 @@ class AdaptiveGuidance(Stepwise, WithNull):
             eps = [Eps().from_x0(self.process, x, t, found.x0) for found in (given, none)]
             length = norm(eps[0]) * norm(eps[1])
             cosine = inner(*eps) / jnp.where(length > 0, length, 1)
-            x0 = none.x0 + scale_at(self.scale, self.process, t) * (given.x0 - none.x0)
-            return given.replace(x0=x0.astype(x.dtype)), cosine > self.agreement
+            scale = scale_at(self.scale, self.process, t)
+            found = extrapolated(scale, self.process, x, t, given, none)
+            return found, cosine > self.agreement
 
         def chosen():
             return jax.lax.cond(latched, plain, guided)

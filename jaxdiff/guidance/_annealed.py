@@ -11,22 +11,23 @@ from jaxdiff._checks import check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.conditions import LABEL, as_entries, from_entries
 from jaxdiff.denoiser import Denoiser, Estimate, find_network
+from jaxdiff.guidance._scale import spread
 from jaxdiff.stepwise import Stepwise
 
 
 class ConditionAnnealed(Stepwise):
-    """c -> sqrt(g) c + size sqrt(1 - g) n, g from 0 at t >= t_high to 1 at t <= t_low: variety.
+    """c -> sqrt(g) c + size sqrt(1 - g) n, g from 0 at u >= t_high to 1 at u <= t_low: variety.
 
-    Kind 2: draws once a step. The noisy condition is moved back to the mean and the standard
-    deviation that c has over its numbers, as far as `mix` says. A class becomes the network's own
-    embedding of it; the class that means none stays as it is. Put guidance around it, and not
-    inside.
+    Kind 2: draws once a step. u is the `unit_time` of the process, in [0, 1]. The noisy condition
+    is moved back to the mean and the standard deviation that c has over its numbers, as far as
+    `mix` says. A class becomes the network's own embedding of it; the class that means none stays
+    as it is. Put guidance around it, and not inside.
 
     Args:
         base: a conditional denoiser.
         size: of the noise, in the condition's own units.
-        t_low: time below which the condition is whole.
-        t_high: time above which it is noise.
+        t_low: u below which the condition is whole.
+        t_high: u above which it is noise.
         mix: 1 rescales in full, less is more various.
         entry: of the condition.
 
@@ -67,12 +68,13 @@ class ConditionAnnealed(Stepwise):
             embedding = network.embedding
             none = clean == embedding.num_classes
             clean = embedding.classes(clean)
-        share = jnp.clip((self.t_high - self.step.t) / (self.t_high - self.t_low), 0, 1)
+        u = self.process.unit_time(self.step.t)
+        share = jnp.clip((self.t_high - u) / (self.t_high - self.t_low), 0, 1)
         noise = jax.random.normal(self.step.key, clean.shape, clean.dtype)
         noisy = jnp.sqrt(share) * clean + self.size * jnp.sqrt(1 - share) * noise
-        spread = jnp.std(noisy)
-        unit = (noisy - jnp.mean(noisy)) / jnp.where(spread > 0, spread, 1)
-        moved = unit * jnp.std(clean) + jnp.mean(clean)
+        size = spread(noisy)
+        unit = (noisy - jnp.mean(noisy)) / jnp.where(size > 0, size, 1)
+        moved = unit * spread(clean) + jnp.mean(clean)
         changed = self.mix * moved + (1 - self.mix) * noisy
         whole = none | (share >= 1)  # to the last digit
         entries[self.entry] = jnp.where(whole, clean, changed).astype(clean.dtype)

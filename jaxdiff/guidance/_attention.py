@@ -7,7 +7,7 @@ from typing import ClassVar
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, edit_taps, find_network
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, combined, edit_taps, find_network
 from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 from jaxdiff.taps import tap_names
 
@@ -89,5 +89,9 @@ class AgainstEdited(DenoiserMap):
         found = self.base.estimate(x, t, cond, key=key)
         edits = {f"{layer}.{self.part}": self.edit(x) for layer in self.layers}
         other = edit_taps(self.base, edits).estimate(x, t, cond, key=key)
-        x0 = found.x0 + scale_at(self.scale, self.process, t) * (found.x0 - other.x0)
-        return found.replace(x0=x0.astype(x.dtype))
+        scale = scale_at(self.scale, self.process, t)
+
+        def rule(one, edited):
+            return one + scale * (one - edited)
+
+        return combined(rule, self.process, x, t, found, other)

@@ -4,7 +4,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, check_denoiser
-from jaxdiff.guidance._scale import Scale, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale, check_scale, extrapolated, scale_at
 
 
 class Autoguidance(DenoiserMap):
@@ -38,5 +38,6 @@ class Autoguidance(DenoiserMap):
         """See `Denoiser`."""
         found = self.base.estimate(x, t, cond, key=key)
         weak = self.weak.estimate(x, t, cond, key=key)
-        x0 = weak.x0 + scale_at(self.scale, self.process, t) * (found.x0 - weak.x0)
-        return found.replace(x0=x0.astype(x.dtype), notes={**found.notes, **weak.notes})
+        scale = scale_at(self.scale, self.process, t)
+        guided = extrapolated(scale, self.process, x, t, found, weak)
+        return guided.replace(notes={**found.notes, **weak.notes})

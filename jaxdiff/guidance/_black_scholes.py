@@ -12,7 +12,7 @@ from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.conditions import as_entries, from_entries, take
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._training_free import check_scalar
+from jaxdiff.guidance._training_free import check_scalar, or_worst
 from jaxdiff.stepwise import Stepwise
 
 
@@ -107,4 +107,4 @@ class BlackScholesBlending(Stepwise):
             return call_price(spot, self.strike, step.t / process.t_max, std * jnp.sqrt(left))
 
         prices = jax.vmap(price)(concepts)
-        return self.remember(found, jnp.argmin(prices).astype(chosen.dtype))
+        return self.remember(found, jnp.argmax(or_worst(-prices)).astype(chosen.dtype))

@@ -5,8 +5,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._tree import number
 from jaxdiff.denoiser import Estimate
 from jaxdiff.guidance._classifier_free import ClassifierFree
-from jaxdiff.guidance._scale import Scale
-from jaxdiff.predictions import Eps
+from jaxdiff.guidance._scale import Scale, extrapolated, scale_at
 
 
 class CFGPlusPlus(ClassifierFree):
@@ -33,6 +32,6 @@ class CFGPlusPlus(ClassifierFree):
     ) -> Estimate:
         """See `Denoiser`."""
         given, none = self.both(x, t, cond, key)
-        eps = Eps().from_x0(self.process, x, t, none.x0) if none.eps is None else none.eps
-        x0 = self.combine(x, t, given.x0, none.x0)
-        return given.replace(x0=x0.astype(x.dtype), eps=eps.astype(x.dtype))
+        scale = scale_at(self.scale, self.process, t)
+        found = extrapolated(scale, self.process, x, t, given, none)
+        return found.replace(eps=none.noise(self.process, x, t).astype(x.dtype))

@@ -1,16 +1,16 @@
 """Classifier guidance: the gradient of a classifier of noisy examples, and such a classifier."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_callable, check_kind
+from jaxdiff._checks import check_callable, check_kind, check_same_process
 from jaxdiff._tree import number
-from jaxdiff.conditions import take
+from jaxdiff.conditions import as_entries, check_classes, num_classes_of, take
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, Preconditioning, TimeLabel
 from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 from jaxdiff.processes import GaussianProcess
@@ -39,6 +39,11 @@ class NoisyClassifier(eqx.Module):
         check_kind("process", self.process, GaussianProcess, "processes.VP()")
         check_kind("preconditioning", self.preconditioning, Preconditioning, "TimeLabel()")
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, if the network says so."""
+        return num_classes_of(self.network)
+
     def logits(self, x: Array, t: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """Unnormalised log p(y | x_t = x) of every class, `(num_classes,)`; no key, no dropout."""
         scale = self.preconditioning.scale(self.process, t)
@@ -47,7 +52,9 @@ class NoisyClassifier(eqx.Module):
 
     def __call__(self, x: Array, t: Array, y: Array) -> Array:
         """log p(y | x_t = x), a scalar of one noisy example and its class."""
-        return jax.nn.log_softmax(self.logits(x, t))[y]
+        logits = self.logits(x, t)
+        check_classes(y, len(logits))
+        return jax.nn.log_softmax(logits)[y]
 
 
 class ClassifierGuidance(DenoiserMap):
@@ -59,7 +66,8 @@ class ClassifierGuidance(DenoiserMap):
     Args:
         base: any denoiser.
         log_prob: `(x, t, y) -> log p(y | x_t = x)`, a scalar of one noisy example, up to what does
-            not depend on x; a pytree whose weights are leaves, such as a `NoisyClassifier` or
+            not depend on x; a pytree whose weights are leaves, such as a `NoisyClassifier`, of the
+            base's process, or
             `jax.tree_util.Partial(function, classifier)`.
         scale: 1 is Bayes' rule; at others the law is p(y | x_t)^scale p(x_t), unnormalised.
 
@@ -80,6 +88,20 @@ class ClassifierGuidance(DenoiserMap):
     def __check_init__(self):
         check_callable("log_prob", self.log_prob, "jax.tree_util.Partial(function, classifier)")
         check_scale(self.scale)
+        process = getattr(self._classifier, "process", None)
+        if isinstance(process, GaussianProcess):
+            check_same_process("log_prob", process, self.base.process)
+
+    @property
+    def _classifier(self) -> Any:
+        """What may know its process and classes: the function, or whose method it is."""
+        return getattr(self.log_prob, "__self__", self.log_prob)
+
+    def check_cond(self, cond: PyTree) -> None:
+        """See `Denoiser`; classes too, of a classifier that says how many it has."""
+        super().check_cond(cond)
+        if (count := num_classes_of(self._classifier)) is not None:
+            check_classes(as_entries(cond).get("y"), count)
 
     @property
     def bounded_start(self) -> bool:
@@ -101,4 +123,4 @@ class ClassifierGuidance(DenoiserMap):
         (slope,) = pull(jnp.ones_like(value))
         process = self.process
         factor = scale_at(self.scale, process, t) * process.sigma(t) ** 2 / process.alpha(t)
-        return found.replace(x0=(found.x0 + factor * slope).astype(x.dtype))
+        return found.moved(process, t, found.x0 + factor * slope)

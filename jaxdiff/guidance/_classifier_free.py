@@ -4,10 +4,10 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._tree import number
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import PairRule, Scale, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale, WithNull, check_scale, extrapolated, scale_at
 
 
-class ClassifierFree(PairRule):
+class ClassifierFree(WithNull):
     """D_null + scale (D_cond - D_null): extrapolate from the unconditional to the conditional.
 
     Kind 1: denoiser to denoiser, stateless. Both evaluations run as one batch of two. A learned
@@ -46,16 +46,10 @@ class ClassifierFree(PairRule):
     def __check_init__(self):
         check_scale(self.scale)
 
-    def combine(self, x: Array, t: Array, given: Array, none: Array) -> Array:
-        """See `PairRule`."""
-        return none + scale_at(self.scale, self.process, t) * (given - none)
-
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
         """See `Denoiser`; another noise of the base is guided as x0 is."""
         given, none = self.both(x, t, cond, key)
-        x0 = self.combine(x, t, given.x0, none.x0).astype(x.dtype)
-        if given.eps is None:
-            return given.replace(x0=x0)
-        return given.replace(x0=x0, eps=self.combine(x, t, given.eps, none.eps).astype(x.dtype))
+        scale = scale_at(self.scale, self.process, t)
+        return extrapolated(scale, self.process, x, t, given, none)

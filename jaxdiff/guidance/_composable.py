@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_count
 from jaxdiff._tree import number
 from jaxdiff.conditions import as_entries, from_entries, null_where, take
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, combined
 from jaxdiff.energy import check_density
-from jaxdiff.guidance._scale import Scale, WithNull, both_answers, check_scale, scale_at
+from jaxdiff.guidance._scale import (
+    Scale,
+    WithNull,
+    both_answers,
+    check_scale,
+    extrapolated,
+    scale_at,
+)
 
 
 class Composable(WithNull):
@@ -40,6 +48,7 @@ class Composable(WithNull):
     scale: Scale = number(1.0)
 
     def __check_init__(self):
+        check_count("count", self.count)
         check_scale(self.scale)
 
     takes: ClassVar[tuple[str, ...]] = ("concepts", "weights")
@@ -78,11 +87,13 @@ class Composable(WithNull):
         # The first concept once more, replaced by none.
         every = jax.tree.map(lambda c: jnp.concatenate([c[:1], c]), concepts)
         found = jax.vmap(one)(every, jnp.arange(self.count + 1) == 0)
-        none = jax.tree.map(lambda leaf: leaf[0], found)
-        gaps = found.x0[1:] - none.x0
+        answers = [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(self.count + 1)]
         own = weights.astype(x.dtype) * scale_at(self.scale, self.process, t)
-        x0 = none.x0 + jnp.tensordot(own, gaps, 1)
-        return none.replace(x0=x0.astype(x.dtype))
+
+        def rule(none, *each):
+            return none + jnp.tensordot(own, jnp.stack(each) - none, 1)
+
+        return combined(rule, self.process, x, t, *answers)
 
     def log_prob(self, x: Array, t: Array, cond: PyTree = None) -> Array:
         """log p_t(x) + scale sum_i w_i log p_t(x | c_i) / p_t(x), up to a constant.
@@ -142,5 +153,5 @@ class NegativePrompt(DenoiserMap):
         """See `Denoiser`."""
         negative, rest = take(cond, "negative", by="NegativePrompt")
         given, other = both_answers(self.base, x, t, rest, negative, key)
-        x0 = other.x0 + scale_at(self.scale, self.process, t) * (given.x0 - other.x0)
-        return given.replace(x0=x0.astype(x.dtype))
+        scale = scale_at(self.scale, self.process, t)
+        return extrapolated(scale, self.process, x, t, given, other)

@@ -10,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_number
 from jaxdiff._tree import as_number
 from jaxdiff.conditions import as_entries, from_entries
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, check_denoiser
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, check_denoiser, combined
 from jaxdiff.energy import check_density
 
 
@@ -115,10 +115,15 @@ class Product(_Composition):
     ) -> Estimate:
         """See `Denoiser`."""
         found = self._estimates(x, t, cond, key)
-        total = sum(w * one.x0 for w, one in zip(self.weights, found, strict=True))
+
+        def rule(*each):
+            return sum(w * one for w, one in zip(self.weights, each, strict=True))
+
+        total = combined(rule, self.process, x, t, *found)
+        # The noise is a multiple of the score, and adds up as it is.
         rest = 1 - sum(self.weights)
-        x0 = total + rest * x / self.process.alpha(t)
-        return found[0].replace(x0=x0.astype(x.dtype), notes=_notes(found))
+        x0 = total.x0 + rest * x / self.process.alpha(t)
+        return total.replace(x0=x0.astype(x.dtype), notes=_notes(found))
 
     def log_prob(self, x: Array, t: Array, cond: PyTree = None) -> Array:
         """sum_i w_i log p_i,t(x | cond), up to a constant.
@@ -160,8 +165,10 @@ class Mixture(_Composition):
         """See `Denoiser`."""
         found = self._estimates(x, t, cond, key)
         shares = jax.nn.softmax(self._joint(x, t, cond))
-        x0 = jnp.tensordot(shares, jnp.stack([one.x0 for one in found]), 1)
-        return found[0].replace(x0=x0.astype(x.dtype), notes=_notes(found))
+        total = combined(
+            lambda *each: jnp.tensordot(shares, jnp.stack(each), 1), self.process, x, t, *found
+        )
+        return total.replace(notes=_notes(found))
 
     def log_prob(self, x: Array, t: Array, cond: PyTree = None) -> Array:
         """log sum_i w_i p_i,t(x | cond), up to a constant."""

@@ -13,7 +13,7 @@ from jaxdiff._tree import as_float_array
 from jaxdiff.conditions import as_entries, from_entries, take
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.guidance._training_free import with_cond
-from jaxdiff.sampling import Solution, denoise, invert
+from jaxdiff.sampling import Solution, denoise, invert, resolve_grid
 from jaxdiff.solvers import DDIM, Ancestral, DiffusionSolver, SolverWrapper
 from jaxdiff.solvers._base import Moved, Problem
 from jaxdiff.stepwise import Step
@@ -68,7 +68,7 @@ def sdedit(
     denoiser: Denoiser,
     y: ArrayLike,
     *,
-    times: ArrayLike,
+    times: int | ArrayLike,
     repeats: int = 1,
     mask: ArrayLike | None = None,
     cond: PyTree = None,
@@ -86,7 +86,8 @@ def sdedit(
         key: typed PRNG key; example i draws from `fold_in(key, i)`, in every repeat other noise.
         denoiser: any, also one that guides.
         y: images to start from, `(num_samples, *event)`.
-        times: decreasing grid, from the start to the data.
+        times: decreasing grid, from the start to the data; a number of steps starts where nothing
+            of y is left.
         repeats: how often; each starts from the outcome of the one before.
         mask: 1 where y is to be kept, `(num_samples, *event)` or less by broadcasting over the
             event; None to keep nothing.
@@ -108,7 +109,6 @@ def sdedit(
     check_key(key)
     check_count("repeats", repeats)
     y = as_float_array(y)
-    times = jnp.asarray(times)
     if mask is not None:
         shape = jnp.broadcast_shapes(jnp.shape(mask), y.shape)
         if shape != y.shape:
@@ -116,6 +116,7 @@ def sdedit(
         entries = {"y": y, "mask": jnp.broadcast_to(jnp.asarray(mask, y.dtype), y.shape)}
         cond = from_entries({**as_entries(cond), **entries})
         solver = Pasted(solver)
+    times = resolve_grid(denoiser, times, solver, len(y))
     start = times[..., :1] if times.ndim == 2 else jnp.broadcast_to(times[0], (len(y), 1))
 
     def noisy(key, image, index, start):
@@ -140,7 +141,7 @@ def edit_by_inversion(
     source: PyTree,
     target: PyTree,
     *,
-    times: ArrayLike,
+    times: int | ArrayLike,
     solver: DiffusionSolver = DDIM(),
     batch_size: int | None = None,
 ) -> Solution:
@@ -157,7 +158,7 @@ def edit_by_inversion(
         x: images, `(num_samples, *event)`.
         source: their condition, with a leading axis of `num_samples`.
         target: the condition they are to have, likewise.
-        times: increasing grid, from the data to noise.
+        times: increasing grid, from the data to noise, or a number of steps.
         solver: a deterministic one.
         batch_size: as of `sample`.
 
@@ -171,10 +172,9 @@ def edit_by_inversion(
     Translation", 2022, arXiv 2203.08382; Hertz et al., "Prompt-to-Prompt Image Editing with Cross
     Attention Control", 2022, arXiv 2208.01626, for DDIM inversion of real images.
     """
-    times = jnp.asarray(times)
-    noise = invert(
-        denoiser, as_float_array(x), cond=source, solver=solver, times=times, batch_size=batch_size
-    )
+    x = as_float_array(x)
+    times = resolve_grid(denoiser, times, solver, len(x), increasing=True)
+    noise = invert(denoiser, x, cond=source, solver=solver, times=times, batch_size=batch_size)
     # Other methods begin afresh: their past is that of the way there.
     memory = noise.memory if solver.retraces else None
     # Nothing is drawn on the way back.

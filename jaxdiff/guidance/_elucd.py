@@ -10,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
-from jaxdiff.conditions import take
+from jaxdiff.conditions import as_entries, check_classes, num_classes_of, take
 from jaxdiff.denoiser import Denoiser, Estimate
 from jaxdiff.guidance._scale import Scale, check_scale, norm, scale_at
 from jaxdiff.guidance._training_free import with_cond
@@ -38,17 +38,17 @@ def tempered_log_prob(logits: Array, y: Array, tau1: Number = 1.0, tau2: Number 
         A scalar, in float32 at least.
 
     Raises:
-        ValueError: for logits that are no vector, or a class that is no integer.
+        ValueError: for logits that are no vector, or a class that is none of theirs.
     """
     if jnp.ndim(logits) != 1:
         raise ValueError(
             f"`logits` must be (classes,) for one example, got shape {jnp.shape(logits)}. Use "
             "jax.vmap for a batch."
         )
-    if jnp.ndim(y) or not jnp.issubdtype(jnp.result_type(y), jnp.integer):
+    check_classes(y, len(logits))
+    if jnp.ndim(y):
         raise ValueError(
-            f"`y` must be an integer class for each example, got {jnp.result_type(y)} of shape "
-            f"{jnp.shape(y)}."
+            f"`y` must be an integer class for each example, got shape {jnp.shape(y)}."
         )
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return tau1 * wide[y] - jax.nn.logsumexp(tau2 * wide)
@@ -146,6 +146,11 @@ class EluCD(Stepwise):
         _check_choice("shift", self.shift, ("mean", "score"))
         _check_choice("normalise", self.normalise, (None, "rms"))
 
+    def check_cond(self, cond: PyTree) -> None:
+        """See `Denoiser`; the class too, of a classifier that says how many it has."""
+        super().check_cond(cond)
+        check_classes(as_entries(cond).get("y"), num_classes_of(self.logits))
+
     @property
     def bounded_start(self) -> bool:
         """Of scores: a trained classifier's slope does not vanish with alpha."""
@@ -188,10 +193,10 @@ class EluCD(Stepwise):
         scale = scale_at(self.scale, self.process, t)
         if self.shift == "score":
             weight = scale * self.process.sigma(t) ** 2 / self.process.alpha(t)
-            return found.replace(x0=(found.x0 + weight * slope).astype(x.dtype))
+            return found.moved(self.process, t, found.x0 + weight * slope)
         weight, memory = self._weight(found)
-        x0 = (found.x0 + scale * weight * slope).astype(x.dtype)
-        return self.remember(found.replace(x0=x0), memory)
+        moved = found.moved(self.process, t, found.x0 + scale * weight * slope)
+        return self.remember(moved, memory)
 
     def _weight(self, found: Estimate) -> tuple[Array, Array]:
         """The move of x0 that moves an ancestral mean by its variances, and what to remember."""

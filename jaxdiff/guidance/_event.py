@@ -58,6 +58,11 @@ class EventGuidance(DenoiserMap):
         check_number("std", self.std, least=0.0)
         check_scale(self.scale)
 
+    @property
+    def needs_signal(self) -> bool:
+        """True: the slope through the denoiser is divided by alpha."""
+        return True
+
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
@@ -90,4 +95,4 @@ class EventGuidance(DenoiserMap):
             total = covariance + self.std**2 * jnp.eye(len(value))
             push = jnp.linalg.solve(total, y - value)
         moved = scale_at(self.scale, process, t) * factor * jnp.tensordot(push, slopes, 1)
-        return found.replace(x0=(found.x0 + moved).astype(x.dtype))
+        return found.moved(process, t, found.x0 + moved)

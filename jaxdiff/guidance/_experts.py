@@ -11,6 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff._checks import check_callable, check_count, check_key, check_kind, check_number
 from jaxdiff._tree import Number, number
+from jaxdiff.conditions import check_classes, num_classes_of
 from jaxdiff.finetuning import Adapter, make_adapter, merge
 from jaxdiff.losses import TimeLaw, UniformTime, each_example
 from jaxdiff.losses._batch import wide
@@ -48,6 +49,11 @@ class Experts(eqx.Module):
         """What learns, for `Player(trainable=lambda experts: experts.learned)`."""
         return [*self.adapters.learned, *self.biases.values()]
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, if the classifier says so."""
+        return num_classes_of(self.classifier)
+
     def index(self, t: Array) -> Array:
         """Which expert is for a time, from 0 to N - 1."""
         return jnp.searchsorted(self.edges, t, side="right")
@@ -69,7 +75,9 @@ class Experts(eqx.Module):
 
     def log_prob(self, x: Array, t: Array, y: Array) -> Array:
         """log p(y | x_t = x) of a class, a scalar."""
-        return jax.nn.log_softmax(wide(self(x, t)))[y]
+        logits = wide(self(x, t))
+        check_classes(y, len(logits))
+        return jax.nn.log_softmax(logits)[y]
 
 
 def make_experts(

@@ -9,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable
 from jaxdiff.conditions import as_entries, from_entries, take
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, combined
 
 
 class Factorized(DenoiserMap):
@@ -71,9 +71,12 @@ class Factorized(DenoiserMap):
             return self.base.estimate(x, t, whole, key=key)
 
         found = jax.vmap(one)(parts)
-        x0 = sum(part(found.x0[i]) for i, part in enumerate(self.parts))
-        first = jax.tree.map(lambda leaf: leaf[0], found)
-        return first.replace(x0=jnp.asarray(x0, x.dtype))
+        answers = [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(len(self.parts))]
+
+        def rule(*each):
+            return sum(part(one) for part, one in zip(self.parts, each, strict=True))
+
+        return combined(rule, self.process, x, t, *answers)
 
 
 class FixedPart(DenoiserMap):
@@ -112,4 +115,4 @@ class FixedPart(DenoiserMap):
                 f"`known` must be an example of shape {x.shape}, got {jnp.shape(known)}."
             )
         found = self.base.estimate(x, t, rest, key=key)
-        return found.replace(x0=(found.x0 + self.part(known - found.x0)).astype(x.dtype))
+        return found.moved(self.process, t, found.x0 + self.part(known - found.x0))

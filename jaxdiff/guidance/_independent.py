@@ -9,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_callable, check_count, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, Estimate, edit_taps, find_network
-from jaxdiff.guidance._scale import Scale, both_answers, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale, both_answers, check_scale, extrapolated, scale_at
 from jaxdiff.stepwise import Stepwise
 
 
@@ -64,8 +64,8 @@ class IndependentCondition(Stepwise):
     ) -> Estimate:
         """See `Denoiser`."""
         given, other = both_answers(self.base, x, t, cond, self.draw(self.step.key), key)
-        x0 = other.x0 + scale_at(self.scale, self.process, t) * (given.x0 - other.x0)
-        return given.replace(x0=x0.astype(x.dtype))
+        scale = scale_at(self.scale, self.process, t)
+        return extrapolated(scale, self.process, x, t, given, other)
 
 
 class _Noise(eqx.Module):
@@ -79,17 +79,17 @@ class _Noise(eqx.Module):
 
 
 class TimeStepGuidance(Stepwise):
-    """D' + scale (D - D'), with D' of a noisy embedding of the time, emb + size t^power n.
+    """D' + scale (D - D'), with D' of a noisy embedding of the time, emb + size u^power n.
 
-    Kind 2: draws once a step, and edits the network's tap "emb". Needs no condition, and no
-    training. Where the embedding is that of time and condition together, as in the networks here,
-    both are disturbed.
+    Kind 2: draws once a step, and edits the network's tap "emb"; u is the `unit_time` of the
+    process, in [0, 1]. Needs no condition, and no training. Where the embedding is that of time
+    and condition together, as in the networks here, both are disturbed.
 
     Args:
         base: a network's denoiser, or maps of one.
         scale: 1 is the model itself.
         size: of the noise on the embedding.
-        power: how the noise falls with t.
+        power: how the noise falls with u.
         tap: the embedding's.
 
     Raises:
@@ -120,7 +120,7 @@ class TimeStepGuidance(Stepwise):
     ) -> Estimate:
         """See `Denoiser`."""
         found = self.base.estimate(x, t, cond, key=key)
-        noise = _Noise(self.step.key, self.size * t**self.power)
+        noise = _Noise(self.step.key, self.size * self.process.unit_time(t) ** self.power)
         other = edit_taps(self.base, {self.tap: noise}).estimate(x, t, cond, key=key)
-        x0 = other.x0 + scale_at(self.scale, self.process, t) * (found.x0 - other.x0)
-        return found.replace(x0=x0.astype(x.dtype))
+        scale = scale_at(self.scale, self.process, t)
+        return extrapolated(scale, self.process, x, t, found, other)

@@ -7,7 +7,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import Scale, WithNull, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale, WithNull, check_scale, extrapolated, scale_at
 from jaxdiff.stepwise import Stepwise
 
 
@@ -22,7 +22,7 @@ class LimitedInterval(Stepwise, WithNull):
         null_cond: as of `ClassifierFree`.
         scale: as of `ClassifierFree`.
         low: lower end, in sigma / alpha, not included.
-        high: upper end, included.
+        high: upper end, included; at `low` there is no guidance.
 
     Reference: Kynkaanniemi, Aittala, Karras, Laine, Aila, Lehtinen, "Applying Guidance in a Limited
     Interval Improves Sample and Distribution Quality in Diffusion Models", 2024, arXiv 2404.07724.
@@ -39,6 +39,8 @@ class LimitedInterval(Stepwise, WithNull):
         check_scale(self.scale)
         check_number("low", self.low, least=0.0)
         check_number("high", self.high, least=0.0, finite=False)
+        if isinstance(self.low, float):
+            check_number("high", self.high, least=self.low, finite=False)
 
     def _inside(self, t: Array) -> Array:
         level = self.process.sigma(t) / self.process.alpha(t)
@@ -59,8 +61,7 @@ class LimitedInterval(Stepwise, WithNull):
         def guided():
             given, none = self.both(x, t, cond, key)
             scale = scale_at(self.scale, self.process, t)
-            x0 = none.x0 + scale * (given.x0 - none.x0)
-            return given.replace(x0=x0.astype(x.dtype))
+            return extrapolated(scale, self.process, x, t, given, none)
 
         def plain():
             return self.base.estimate(x, t, cond, key=key)

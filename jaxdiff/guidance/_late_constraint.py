@@ -24,15 +24,15 @@ class LateConstraint(DenoiserMap):
     """Towards an image y that an aligner reads out of activations: by steps of a fixed length.
 
         L = mean (y - g(activations at x, t))^2,    G = grad_x L,
-        eps' = eps + scale |eps - x| G / |G| for t > t_low, and the base for t <= t_low,
+        eps' = eps + scale |eps - x| G / |G| for u > t_low, and the base for u <= t_low,
 
-    eps the noise that D implies, and x that of a process that preserves variance: of another one
-    x / sqrt(alpha^2 + sigma^2) stands for it. In x0 this is
+    u the `unit_time` of the process, eps the noise that D implies, and x that of a process that
+    preserves variance: of another one x / sqrt(alpha^2 + sigma^2) stands for it. In x0 this is
     D' = D - scale |D - alpha x / (r (r + sigma))| G / |G|, r = sqrt(alpha^2 + sigma^2), which is
     what is computed. `ClassifierGuidance` by -L, with a scale that depends on G, is the same.
 
     Kind 2, with data of the example: the entry "y" of its condition, in the size of what the
-    aligner answers. Reads taps. One evaluation of the base, and for t > t_low a backward pass of
+    aligner answers. Reads taps. One evaluation of the base, and for u > t_low a backward pass of
     the network from the taps; where examples share the time, it is skipped below.
 
     Args:
@@ -42,7 +42,7 @@ class LateConstraint(DenoiserMap):
             `networks.TapAligner`; learned by `LateConstraintLoss`. The label is the network's.
         taps: names of the activations.
         scale: 0 is the base.
-        t_low: time from which on there is no guidance.
+        t_low: u from which on there is no guidance.
 
     Raises:
         TypeError: if there is no network inside.
@@ -88,15 +88,16 @@ class LateConstraint(DenoiserMap):
             apart = found.x0 - alpha / (spread * (spread + sigma)) * x
             size = norm(slope)
             length = scale_at(self.scale, process, t) * norm(apart) / jnp.where(size > 0, size, 1)
-            moved = (found.x0 - length * slope).astype(x.dtype)
+            moved = found.x0 - length * slope
             # Those that others asked for, and not the map's own.
             asked = find_network(self.base).taps
-            return found.replace(x0=moved, taps={name: found.taps[name] for name in asked})
+            taps = {name: found.taps[name] for name in asked}
+            return found.moved(process, t, moved).replace(taps=taps)
 
         def plain():
             return self.base.estimate(x, t, rest, key=key)
 
-        return jax.lax.cond(t > self.t_low, guided, plain)
+        return jax.lax.cond(process.unit_time(t) > self.t_low, guided, plain)
 
 
 class LateConstraintLoss(eqx.Module):

@@ -108,7 +108,7 @@ class LinearAdaptiveGuidance(Stepwise, WithNull):
         def guided(given, none, eps, eps_null):
             x0 = none + scale * (given.x0 - none)
             new = jnp.stack([eps, eps_null])[:, None]
-            return given.replace(x0=x0.astype(x.dtype)), jnp.concatenate([new, bank], 1)[:, :-1]
+            return given.moved(process, t, x0), jnp.concatenate([new, bank], 1)[:, :-1]
 
         def conditional():
             return self.base.estimate(x, t, cond, key=key), bank
@@ -149,7 +149,7 @@ class LinearGuidanceFit(NamedTuple):
     Attributes:
         guidance: the map.
         residual: of every step, `(num_steps,)`: the root mean square of what the combination is off
-            by, over that of eps_cond - eps_null.
+            by, over that of eps_cond - eps_null; 0 where these are the same.
     """
 
     guidance: LinearAdaptiveGuidance
@@ -246,7 +246,10 @@ def _fit(key, empty, cond, grid, solver, *, shape, num_samples, dtype):
         values, rest, *_ = jnp.linalg.lstsq(columns, wanted.reshape(-1))
         rest = columns @ values - wanted.reshape(-1)
         gap = terms[:, 0] - wanted
-        residual = jnp.sqrt(jnp.sum(rest**2) / jnp.sum(gap**2))
+        whole = jnp.sum(gap**2)
+        residual = jnp.where(
+            whole > 0, jnp.sqrt(jnp.sum(rest**2) / jnp.where(whole > 0, whole, 1)), 0
+        )
         a, b = a.at[i].set(values[: past + 1]), b.at[i].set(values[past + 1 :])
         fitted = eqx.tree_at(lambda p: (p.denoiser.of_cond, p.denoiser.of_null), problem, (a, b))
         moved = solver.take_batch(fitted, x, step)

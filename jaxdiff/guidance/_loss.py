@@ -14,7 +14,6 @@ from jaxdiff.conditions import take
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
 from jaxdiff.guidance._scale import Scale, check_scale, scale_at
 from jaxdiff.guidance._training_free import check_scalar, smoothed
-from jaxdiff.predictions import Eps
 from jaxdiff.stepwise import Stepwise
 
 
@@ -57,6 +56,11 @@ class LossGuidance(Stepwise):
         check_count("draws", self.draws)
         check_number("width", self.width, least=0.0)
 
+    @property
+    def needs_signal(self) -> bool:
+        """True: the slope through the denoiser is divided by alpha."""
+        return True
+
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
@@ -73,7 +77,7 @@ class LossGuidance(Stepwise):
 
         slope, found = jax.grad(value, has_aux=True)(x)
         factor = scale_at(self.scale, process, t) * sigma**2 / alpha
-        return found.replace(x0=(found.x0 + factor * slope).astype(x.dtype))
+        return found.moved(process, t, found.x0 + factor * slope)
 
 
 class ManifoldPreserving(DenoiserMap):
@@ -114,7 +118,7 @@ class ManifoldPreserving(DenoiserMap):
         """See `Denoiser`."""
         y, rest = take(cond, "y", by="ManifoldPreserving")
         found = self.base.estimate(x, t, rest, key=key)
-        eps = Eps().from_x0(self.process, x, t, found.x0) if found.eps is None else found.eps
+        eps = found.noise(self.process, x, t)
         slope = jax.grad(lambda x0: check_scalar(self.log_prob(x0, y)))(found.x0)
         x0 = found.x0 + scale_at(self.scale, self.process, t) * slope
         x0 = x0 if self.project is None else self.project(x0)
@@ -158,6 +162,11 @@ class Universal(DenoiserMap):
         check_number("rate", self.rate)
         check_count("iterations", self.iterations, least=0)
 
+    @property
+    def needs_signal(self) -> bool:
+        """True: the slope through the denoiser is divided by alpha."""
+        return True
+
     def estimate(
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
@@ -175,4 +184,4 @@ class Universal(DenoiserMap):
         for _ in range(self.iterations):
             own = jax.grad(lambda d: check_scalar(self.log_prob(found.x0 + d, y)))(beside)
             beside = beside + self.rate * own
-        return found.replace(x0=(found.x0 + forward * slope + beside).astype(x.dtype))
+        return found.moved(process, t, found.x0 + forward * slope + beside)

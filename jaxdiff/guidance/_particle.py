@@ -47,6 +47,11 @@ class ParticleGuidance(PopulationSolver):
         if self.features is not None:
             check_callable("features", self.features, "jax.tree_util.Partial(function, weights)")
 
+    @property
+    def needs_signal(self) -> bool:
+        """True."""
+        return True
+
     def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
         """The base's, from a noise level of 80 on at most: forces do not vanish with alpha."""
         return bounded_times(process, super().default_times(process, num_steps, t_end))
@@ -77,5 +82,5 @@ class ParticleGuidance(PopulationSolver):
         process = problem.process
         alpha, sigma = process.alpha(step.t), process.sigma(step.t)
         factor = jnp.where(sigma / alpha > self.least, sigma**2 / alpha, 0)
-        pushed = found.replace(x0=(found.x0 + factor * slope).astype(x.dtype))
+        pushed = found.moved(process, step.t, found.x0 + factor * slope)
         return self.advance(problem, x, step, pushed)

@@ -13,7 +13,7 @@ from jaxdiff._checks import check_count, check_key, check_kind, check_number
 from jaxdiff._tree import Number, as_float_array, is_known, jit
 from jaxdiff.conditions import null_where
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import WithNull
+from jaxdiff.guidance._scale import WithNull, extrapolated
 from jaxdiff.sampling import resolve_grid, sample
 from jaxdiff.solvers import DDIM, DiffusionSolver
 from jaxdiff.stepwise import Stepwise, row_of
@@ -25,6 +25,8 @@ def _check_weights(weights: Array) -> None:
         raise ValueError(
             f"`weights` must have one number per step, (num_steps,), got shape {weights.shape}."
         )
+    if is_known(weights) and not np.all(np.isfinite(weights)):
+        raise ValueError(f"`weights` must be finite, got {np.asarray(weights).tolist()}.")
 
 
 def cost_of(weight: Array) -> Array:
@@ -85,8 +87,7 @@ def _mixed(
     node: WithNull, weight: Array, x: Array, t: Array, cond: PyTree, key: PRNGKeyArray | None
 ) -> Estimate:
     given, none = node.both(x, t, cond, key)
-    x0 = none.x0 + weight * (given.x0 - none.x0)
-    return given.replace(x0=x0.astype(x.dtype))
+    return extrapolated(weight, node.process, x, t, given, none)
 
 
 class _Relaxed(Stepwise, WithNull):
@@ -188,6 +189,9 @@ def search_policy(
     check_kind("solver", solver, DiffusionSolver, "DDIM()")
     check_count("num_iterations", num_iterations)
     check_count("seeds", seeds)
+    check_number("scale", scale)
+    check_number("penalty", penalty, least=0.0)
+    check_number("learning_rate", learning_rate, above=0.0)
     check_number("coldest", coldest, above=0.0)
     if is_known(scale) and scale == 1:
         raise ValueError("`scale` must not be 1, the conditional model itself. Pass 3.0, say.")

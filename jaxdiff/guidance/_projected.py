@@ -64,5 +64,5 @@ class AdaptiveProjected(Stepwise, WithNull):
         share = inner(short, given.x0) / jnp.where(size > 0, size, 1)
         along = share * given.x0
         push = (at(self.scale, self.process, t) - 1) * (short - along + self.parallel * along)
-        found = given.replace(x0=(given.x0 + push).astype(x.dtype))
+        found = given.moved(self.process, t, given.x0 + push)
         return self.remember(found, z.astype(x.dtype))

@@ -7,7 +7,7 @@ from jaxtyping import Array, PyTree
 from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser
-from jaxdiff.guidance._scale import PairRule, Scale, check_scale, scale_at
+from jaxdiff.guidance._scale import PairRule, Scale, check_scale, scale_at, spread
 from jaxdiff.predictions import Prediction, V
 
 
@@ -45,9 +45,8 @@ class RescaledClassifierFree(PairRule):
         process, scale = self.process, scale_at(self.scale, self.process, t)
         positive = self.prediction.from_x0(process, x, t, given)
         guided = self.prediction.from_x0(process, x, t, none + scale * (given - none))
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        spread = jnp.std(guided.astype(wide))
-        there = spread > 0
-        ratio = jnp.std(positive.astype(wide)) / jnp.where(there, spread, 1)
+        size = spread(guided)
+        there = size > 0
+        ratio = spread(positive) / jnp.where(there, size, 1)
         factor = self.mix * jnp.where(there, ratio, 1) + 1 - self.mix
         return self.prediction.to_x0(process, x, t, factor * guided)

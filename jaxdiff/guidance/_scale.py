@@ -6,12 +6,13 @@ from typing import TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_number
+from jaxdiff._checks import check_number, is_no_number
 from jaxdiff._tree import Number, number
 from jaxdiff.conditions import null_where
-from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
+from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, combined
 from jaxdiff.processes import GaussianProcess
 
 
@@ -27,21 +28,40 @@ Scale: TypeAlias = Number | ScaleSchedule
 
 
 def scale_at(scale: Scale, process: GaussianProcess, t: Array) -> Number:
-    """The scale at time t, of a number or a schedule."""
-    return scale(process, t) if isinstance(scale, ScaleSchedule) else scale
+    """The scale at time t, of a number or a schedule.
+
+    Raises:
+        ValueError: for an array of numbers, which would be broadcast.
+    """
+    if isinstance(scale, ScaleSchedule):
+        return scale(process, t)
+    if np.ndim(scale):
+        raise ValueError(
+            f"`scale` must be a scalar, got shape {np.shape(scale)}. Sweep it by jax.vmap, one "
+            "scalar at a time."
+        )
+    return scale
 
 
 def check_scale(scale: Scale) -> None:
     """Reject what is neither a number nor a schedule."""
-    if not isinstance(scale, ScaleSchedule):
-        check_number("scale", scale)
+    if isinstance(scale, ScaleSchedule):
+        return
+    if scale is None or is_no_number(scale):
+        raise TypeError(
+            f"`scale` must be a number, got {scale!r:.60}. Pass 3.0, or a schedule such as "
+            "LinearScale(4.0)."
+        )
+    check_number("scale", scale)
 
 
 class LinearScale(ScaleSchedule):
-    """1 + 2 (scale - 1)(1 - t): no guidance in noise, twice the mean guidance at the data.
+    """1 + 2 (scale - 1)(1 - u): no guidance in noise, twice the mean guidance at the data.
+
+    u is the `unit_time` of the process: t over its horizon, and of EDM 2 / pi arctan t.
 
     Args:
-        scale: mean of the scale over t in [0, 1].
+        scale: mean of the scale over u in [0, 1].
         least: a lower bound of it.
 
     Reference: Wang, Dufour, Andreou, Cani, Fernandez Abrevaya, Picard, Kalogeiton, "Analysis of
@@ -58,11 +78,14 @@ class LinearScale(ScaleSchedule):
 
     def __call__(self, process: GaussianProcess, t: Array) -> Array:
         """See `ScaleSchedule`."""
-        return jnp.maximum(1 + 2 * (self.scale - 1) * (1 - t), self.least)
+        u = process.unit_time(t)
+        return jnp.maximum(1 + 2 * (self.scale - 1) * (1 - u), self.least)
 
 
 class CosineScale(ScaleSchedule):
-    """1 + (scale - 1)(1 + cos(pi t)), which has the mean `scale` over t in [0, 1], too.
+    """1 + (scale - 1)(1 + cos(pi u)), which has the mean `scale` over u in [0, 1], too.
+
+    u is the `unit_time` of the process, as of `LinearScale`.
 
     Args:
         scale: mean of the scale.
@@ -80,7 +103,8 @@ class CosineScale(ScaleSchedule):
 
     def __call__(self, process: GaussianProcess, t: Array) -> Array:
         """See `ScaleSchedule`."""
-        return jnp.maximum(1 + (self.scale - 1) * (1 + jnp.cos(jnp.pi * t)), self.least)
+        u = process.unit_time(t)
+        return jnp.maximum(1 + (self.scale - 1) * (1 + jnp.cos(jnp.pi * u)), self.least)
 
 
 class WithNull(DenoiserMap):
@@ -117,7 +141,8 @@ class PairRule(WithNull):
     """Base of the rules on two answers of one denoiser: under its condition, and under none.
 
     A rule defines `combine`. Both evaluations run as one batch of two. A learned variance, and
-    what maps inside remember, are those of the conditional branch.
+    what maps inside remember, are those of the conditional branch; a noise that it states moves
+    along with x0.
     """
 
     @abstractmethod
@@ -129,7 +154,7 @@ class PairRule(WithNull):
     ) -> Estimate:
         """See `Denoiser`."""
         given, none = self.both(x, t, cond, key)
-        return given.replace(x0=self.combine(x, t, given.x0, none.x0).astype(x.dtype))
+        return given.moved(self.process, t, self.combine(x, t, given.x0, none.x0))
 
 
 def both_answers(
@@ -150,10 +175,23 @@ def both_answers(
     return given, none
 
 
+def extrapolated(
+    scale: Number, process: GaussianProcess, x: Array, t: Array, given: Estimate, other: Estimate
+) -> Estimate:
+    """other + scale (given - other), in x0 and stated noise; the rest is that of given."""
+    return combined(lambda one, none: none + scale * (one - none), process, x, t, given, other)
+
+
 def inner(a: Array, b: Array) -> Array:
     """The inner product of two examples, over all axes, in float32 at least."""
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.sum(a.astype(wide) * b.astype(wide))
+
+
+def spread(a: Array) -> Array:
+    """The standard deviation over the numbers of an example, as `norm` differentiable at 0."""
+    wide = a.astype(jnp.promote_types(a.dtype, jnp.float32))
+    return norm(wide - jnp.mean(wide)) / a.size**0.5
 
 
 def norm(a: Array) -> Array:

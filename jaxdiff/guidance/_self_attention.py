@@ -74,6 +74,6 @@ class SelfAttention(DenoiserMap):
         other = self.base.estimate(moved, t, cond, key=key)
         eps_other = Eps().from_x0(process, moved, t, other.x0)
         guided = eps_other + (1 + scale_at(self.scale, process, t)) * (eps - eps_other)
-        x0 = Eps().to_x0(process, x, t, guided).astype(x.dtype)
+        x0 = Eps().to_x0(process, x, t, guided)
         taps = {k: v for k, v in found.taps.items() if k != name}
-        return found.replace(x0=x0, taps=taps)
+        return found.moved(process, t, x0).replace(taps=taps)

@@ -11,7 +11,7 @@ from jaxdiff._checks import check_count, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.conditions import as_entries, from_entries, null_where, take
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import Scale, WithNull, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale, WithNull, check_scale, extrapolated, scale_at
 from jaxdiff.stepwise import Stepwise, index_of
 
 
@@ -92,6 +92,11 @@ class SemanticGuidance(Stepwise, WithNull):
             return every
         return jnp.where(index_of(self) < self.cool_down, every, 2 * self.base.evaluations)
 
+    @property
+    def needs_signal(self) -> bool:
+        """True: v is kept in the noise, and x0 moves by it over alpha."""
+        return True
+
     def init_memory(self, x: Array) -> Array:
         """v: nothing."""
         return jnp.zeros_like(x)
@@ -119,13 +124,12 @@ class SemanticGuidance(Stepwise, WithNull):
             push = jnp.tensordot(weights.astype(x.dtype), kept, 1) + self.momentum * before
             after = self.decay * before + (1 - self.decay) * push
             shown = jnp.where(index_of(self) >= self.warm_up, push, 0) / ratio
-            x0 = none.x0 + scale * (given.x0 - none.x0) - shown
-            return given.replace(x0=x0.astype(x.dtype)), after.astype(x.dtype)
+            found = extrapolated(scale, self.process, x, t, given, none)
+            return found.moved(self.process, t, found.x0 - shown), after.astype(x.dtype)
 
         def plain():
             given, none = self.both(x, t, rest, key)
-            x0 = none.x0 + scale * (given.x0 - none.x0)
-            return given.replace(x0=x0.astype(x.dtype)), before
+            return extrapolated(scale, self.process, x, t, given, none), before
 
         if self.cool_down is None:
             return self.remember(*edited())

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxdiff._checks import check_callable, check_count, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.conditions import take
-from jaxdiff.guidance._training_free import check_scalar, with_cond
+from jaxdiff.guidance._training_free import check_scalar, or_worst, with_cond
 from jaxdiff.solvers import Ancestral, DiffusionSolver, SolverWrapper
 from jaxdiff.solvers._base import Moved, Problem
 from jaxdiff.stepwise import Step
@@ -21,8 +21,8 @@ class SVDD(SolverWrapper):
     """One of `count` next states, drawn with weights exp(r(D(x_s)) / temperature).
 
     A solver around one that draws. The value of a state is the reward of its estimate; at the end
-    that of the sample. No derivative of the reward is taken, and examples do not see each other.
-    1 + count evaluations a step.
+    that of the sample; NaN counts as the worst. No derivative of the reward is taken, and examples
+    do not see each other. 1 + count evaluations a step.
 
     Where the value is exact (a linear reward of Gaussian data) samples tend to the law
     p(x0) exp(r(x0) / temperature) as `count` grows; elsewhere E exp(r / temperature) is not
@@ -80,7 +80,7 @@ class SVDD(SolverWrapper):
             ahead = problem.estimate(moved.x, step.s).x0
             # At the end the state is the sample, and nothing is left to be estimated.
             clean = jnp.where(problem.process.sigma(step.s) > 0, ahead, moved.x)
-            return moved, check_scalar(self.reward(clean, *wanted), "reward")
+            return moved, or_worst(check_scalar(self.reward(clean, *wanted), "reward"))
 
         moved, values = jax.vmap(child)(jax.random.split(step.key, self.count + 1)[1:])
         cold = self.temperature <= 0

@@ -169,6 +169,11 @@ def check_scalar(value: Array, argument: str = "log_prob") -> Array:
     return value
 
 
+def or_worst(value: Array) -> Array:
+    """Rewards and log-weights, in which NaN counts as the worst there is."""
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+
 class TrainingFree(SolverWrapper):
     """A solver that follows grad log f(y | x0), through the denoiser and beside it.
 
@@ -232,6 +237,11 @@ class TrainingFree(SolverWrapper):
     def stochastic(self) -> bool:
         """Whether the base draws, or f is smoothed."""
         return self.base.stochastic or self.draws > 0
+
+    @property
+    def needs_signal(self) -> bool:
+        """Where rho is used, or the base does."""
+        return self.rho is not None or self.base.needs_signal
 
     def own_plan(self, problem: Problem) -> dict[str, Array]:
         """Strengths that depend on the grid."""

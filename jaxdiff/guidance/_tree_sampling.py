@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_callable, check_cond, check_count, check_key, check_number
 from jaxdiff._tree import Number, as_number, jit
 from jaxdiff.denoiser import Denoiser, check_denoiser
-from jaxdiff.guidance._training_free import check_scalar
+from jaxdiff.guidance._training_free import check_scalar, or_worst
 from jaxdiff.guidance._twisted import check_kernel, settled
 from jaxdiff.sampling import resolve_grid
 from jaxdiff.solvers import Ancestral, GaussianSolver
@@ -170,7 +170,7 @@ def _grow(
     rows = times[steps], times[steps + 1], plan, steps, jnp.arange(len(times))
     root = jnp.zeros((), jnp.int32)
     (tree, leaf, nfe), path = jax.lax.scan(descend, (tree, root, jnp.zeros((), jnp.int32)), rows)
-    found = check_scalar(reward(tree.x[leaf]), "reward").astype(tree.value.dtype)
+    found = or_worst(check_scalar(reward(tree.x[leaf]), "reward")).astype(tree.value.dtype)
 
     def back(value, node):
         below, there = tree.below(node)
@@ -267,7 +267,8 @@ def tree_sample(
         key: typed PRNG key; tree i draws from `fold_in(key, i)`.
         denoiser: any that knows its answer without a step.
         shape: of one example, `(*event)`.
-        reward: `x0 -> r`, a scalar of one clean example; a pytree. No derivative is taken.
+        reward: `x0 -> r`, a scalar of one clean example; a pytree. No derivative is taken, and NaN
+            counts as the worst.
         rollouts: of each tree.
         num_samples: walks down each tree, or the number of best examples.
         num_trees: trees, independent of each other.
@@ -315,7 +316,10 @@ def tree_sample(
     times = resolve_grid(denoiser, times, solver, num_trees)
     if times.ndim != 1:
         raise ValueError(f"`times` must be one grid for all trees, got shape {times.shape}.")
-    rules = _Rules(as_number(temperature), as_number(exploration), widening, exponent, search)
+    rules = _Rules(
+        as_number(temperature), as_number(exploration), as_number(widening), as_number(exponent),
+        search,
+    )  # fmt: skip
     return _trees(
         key, cond, denoiser, solver, reward, times, rules, shape=tuple(shape),
         dtype=jnp.dtype(jnp.result_type(float) if dtype is None else dtype), num_trees=num_trees,

@@ -14,7 +14,7 @@ from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, is_known, number
 from jaxdiff.conditions import take
 from jaxdiff.denoiser import Estimate
-from jaxdiff.guidance._training_free import check_scalar, with_cond
+from jaxdiff.guidance._training_free import check_scalar, or_worst, with_cond
 from jaxdiff.solvers import Ancestral, DiffusionSolver, GaussianSolver, PopulationSolver
 from jaxdiff.solvers._base import Moved, Problem
 from jaxdiff.stepwise import Step
@@ -56,7 +56,8 @@ class TwistedSMC(PopulationSolver):
     Args:
         base: a solver that draws from a Gaussian kernel.
         size: of a population.
-        log_prob: `(x0, y) -> log f(y | x0)`, a scalar of one clean example; a pytree.
+        log_prob: `(x0, y) -> log f(y | x0)`, a scalar of one clean example; a pytree. NaN counts
+            as f = 0.
         twist: `(x0_hat, y, level) -> log f~`, level being sigma / alpha; None for log_prob itself.
         threshold: share of the population; 0 resamples at the end alone.
 
@@ -93,6 +94,11 @@ class TwistedSMC(PopulationSolver):
                         "population, got different ones. Repeat each with jnp.repeat."
                     )
 
+    @property
+    def needs_signal(self) -> bool:
+        """True."""
+        return True
+
     def init_memory(self, problem: Problem, x: Array) -> ParticleMemory:
         """See `DiffusionSolver`."""
         zero = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
@@ -120,7 +126,7 @@ class TwistedSMC(PopulationSolver):
         base: Any = self.base
         process = problem.process
         factor = process.sigma(step.t) ** 2 / process.alpha(step.t)
-        pushed = found.replace(x0=(found.x0 + factor * slope).astype(x.dtype))
+        pushed = found.moved(process, step.t, found.x0 + factor * slope)
         plain, guided = (
             base.transition(problem, *settled(problem, x, step, estimate))
             for estimate in (found, pushed)
@@ -140,7 +146,7 @@ class TwistedSMC(PopulationSolver):
         twist, slope, found = self.each(self._look, problem, x, step)
         memory = step.memory
         dtype = memory.log_weight.dtype
-        weight = memory.log_weight + memory.pending + twist.astype(dtype)
+        weight = or_worst(memory.log_weight + memory.pending + twist.astype(dtype))
         below = effective_number(weight) < self.threshold * self.size
         shared: Any = step.shared
         first, last = jax.random.split(shared)
@@ -153,7 +159,7 @@ class TwistedSMC(PopulationSolver):
 
         # At the end the weight is known, and particles are drawn by it.
         ends = step.s == problem.times[-1]
-        whole = weight + pending + value.astype(dtype)
+        whole = or_worst(weight + pending + value.astype(dtype))
         final, rest, known = resample(last, whole, evidence, ends)
         moved, base, notes = jax.tree.map(lambda leaf: leaf[final], (moved, base, found.notes))
         weight = jnp.where(ends, rest, weight)

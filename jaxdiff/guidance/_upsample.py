@@ -75,4 +75,5 @@ class UpsampleGuidance(DenoiserMap):
             return (found.x0 + scale_at(self.scale, self.process, t) * wide).astype(x.dtype)
 
         # Skipped where the grid is shared.
-        return found.replace(x0=jax.lax.cond(t > self.t_low, guided, lambda: found.x0))
+        x0 = jax.lax.cond(t > self.t_low, guided, lambda: found.x0)
+        return found.moved(self.process, t, x0)

@@ -67,6 +67,13 @@ class Process(eqx.Module):
         """
         return jnp.linspace(self.t_max, t_end, num_steps + 1)
 
+    def unit_time(self, t: Array) -> Array:
+        """t over the horizon, in [0, 1]: the time of what knows no process, such as schedules.
+
+        A process whose time has no end says what stands for it.
+        """
+        return t / self.horizon
+
 
 class GaussianProcess(Process):
     """A Gaussian process of noising, x_t = alpha(t) x0 + sigma(t) eps with eps ~ N(0, I).

@@ -47,6 +47,10 @@ class EDM(GaussianProcess):
         """Inverse of `log_snr`: exp(-log_snr / 2)."""
         return jnp.exp(-0.5 * log_snr)
 
+    def unit_time(self, t: Array) -> Array:
+        """2 / pi arctan t: the time at which `Cosine` has the noise level t, for t has no end."""
+        return 2 / math.pi * jnp.arctan(t)
+
     def times(self, num_steps: int, t_end: float = 0.0) -> Array:
         """The paper's grid (equation 5) with rho = 7.
 

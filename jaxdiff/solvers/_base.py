@@ -223,6 +223,11 @@ class DiffusionSolver(diffrax.AbstractSolver):
         """
         return False
 
+    @property
+    def needs_signal(self) -> bool:
+        """Whether grids must start where alpha > 0, by which the method divides."""
+        return self.bounded_start
+
     def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
         """The grid of a number of steps: the one customary for the process."""
         times = process.times(num_steps, t_end)
@@ -408,6 +413,32 @@ def check_noisy_start(solver: type, process: GaussianProcess, times: Array) -> N
             f"`times` must start where sigma > 0 with {solver.__name__}, got "
             f"{start:g}. Start at process.t_min = {float(process.t_min):g}, or invert "
             "by FixedPointInversion or EDICT, which evaluate at the other end of a step."
+        )
+
+
+def check_signal_start(asker: type, process: GaussianProcess, times: Array) -> None:
+    """Reject grids that start where alpha is 0 to the resolution of their dtype, if that is known.
+
+    Args:
+        asker: the class of what divides by alpha.
+        process: the forward process.
+        times: a decreasing grid, with a leading axis if examples have their own.
+
+    Raises:
+        ValueError: if a grid does.
+    """
+    if not is_known(times):
+        return
+    start = np.asarray(times)[..., 0].max()
+    with jax.ensure_compile_time_eval():
+        least = jnp.finfo(times.dtype).eps * process.sigma(jnp.asarray(start))
+        empty = jnp.abs(process.alpha(jnp.asarray(start))) <= least
+    # The process itself may be traced.
+    if is_known(empty) and empty:
+        raise ValueError(
+            f"`times` must start where alpha > 0 with {asker.__name__}, which divides by it, got "
+            f"{start:g} of {type(process).__name__}. Pass a number of steps, or "
+            "solvers.bounded_times(process, times)."
         )
 
 

@@ -100,6 +100,11 @@ class EVODiff(ExplicitSolver):
     rescale_last: bool = eqx.field(default=True, static=True)
 
     @property
+    def needs_signal(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def stochastic(self) -> bool:
         """False."""
         return False

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff._checks import check_count, check_kind, check_number
-from jaxdiff._tree import as_number
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers._times import check_times, clip_times
 
@@ -224,7 +223,7 @@ def shifted_times(times: ArrayLike, shift: float) -> Float[Array, "points"]:
     Reference: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image
     Synthesis", 2024, arXiv 2403.03206, equation 23, whose sqrt(m / n) is `shift`.
     """
-    check_number("shift", as_number(shift), above=0.0, instead="Use 1 for no shift.")
+    check_number("shift", shift, above=0.0, instead="Use 1 for no shift.")
     times = jnp.asarray(times)
     return shift * times / (1 - times + shift * times)
 

@@ -27,8 +27,9 @@ class PopulationSolver(DiffusionSolver):
     indices of a resampling, comes from `step.shared`. A population of one without interaction is
     the plain sampler.
 
-        found = self.estimate(problem, x, step)              # of every particle, one evaluation
-        found = found.replace(x0=found.x0 + push(found.x0))  # what couples them
+        found = self.estimate(problem, x, step)  # of every particle, one evaluation
+        x0 = found.x0 + push(found.x0)           # what couples them
+        found = found.moved(problem.process, step.t, x0)
         return self.advance(problem, x, step, found)
 
     Args:
@@ -65,6 +66,11 @@ class PopulationSolver(DiffusionSolver):
     def init_memory(self, problem: Problem, x: Array) -> PyTree:
         """The base's, of one particle x `(*event)`."""
         return self.base.init_memory(problem, x)
+
+    @property
+    def needs_signal(self) -> bool:
+        """The base's."""
+        return self.base.needs_signal
 
     def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
         """The base's."""

@@ -194,6 +194,11 @@ class Reflected(SolverWrapper):
         if isinstance(self.low, float):
             check_number("high", self.high, above=self.low, instead=remedy)
 
+    @property
+    def needs_signal(self) -> bool:
+        """True."""
+        return True
+
     def _reflect(self, problem: Problem, x: Array, t: Array) -> Array:
         alpha = problem.process.alpha(t)
         y = x / alpha

@@ -74,6 +74,11 @@ class Singlestep(ExplicitSolver):
         return isinstance(self.prediction, Eps)
 
     @property
+    def needs_signal(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def stochastic(self) -> bool:
         """Whether noise is added."""
         return False

@@ -148,7 +148,7 @@ def resolve_times(
     Raises:
         ValueError: see `check_times`.
     """
-    if jnp.ndim(times) == 0:
+    if np.ndim(times) == 0:
         count = check_count("times", times, instead="Pass a number of steps, or a grid of times.")
         grid = (
             process.times(count, t_end) if customary is None else customary(process, count, t_end)

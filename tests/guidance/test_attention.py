@@ -140,6 +140,36 @@ def test_annealed_conditions_keep_their_moments(base, point):
     shown = once(bound(guidance.ConditionAnnealed(Shown(base.process), 0.3), 0.8 + 0 * t), c, t, c)
     assert_allclose([shown.mean(), shown.std()], [c.mean(), c.std()], rtol=1e-5)
     assert 0.3 < np.corrcoef(shown, c)[0, 1] < 0.99
+    # The same share of the way of a process whose time is its noise level.
+    level = jnp.tan(jnp.pi / 2 * 0.8)
+    same = once(bound(guidance.ConditionAnnealed(Shown(processes.EDM()), 0.3), level), c, level, c)
+    assert_allclose(same, shown, rtol=1e-4, atol=1e-5)
+
+
+class Stated(jaxdiff.DenoiserMap):
+    """States the noise that x0 implies."""
+
+    base: jaxdiff.Denoiser
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        found = self.base.estimate(x, t, cond, key=key)
+        return found.replace(eps=found.noise(self.process, x, t))
+
+
+@pytest.mark.parametrize(
+    "make", [guidance.PerturbedAttention, guidance.SelfAttention, guidance.TimeStepGuidance]
+)
+def test_a_noise_that_the_base_states_is_guided_with_x0(base, point, make):
+    x, t, cond = point
+
+    @jax.jit
+    def noise(denoiser):
+        found = bound(denoiser, t).estimate(x, t, cond)
+        return found.x0, found.noise(base.process, x, t)
+
+    found, expected = noise(make(Stated(base), 2.0)), noise(make(base, 2.0))
+    for one, other in zip(found, expected, strict=True):
+        assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Counting, gaussian, mixture
+from cases import Counting, bimodal, gaussian, mixture
 from numpy.testing import assert_allclose
 
 import jaxdiff
@@ -83,6 +83,11 @@ def test_schedules_have_the_mean_they_are_asked_for(x64):
         values = jax.vmap(lambda t, s=schedule: s(process, t))(t)
         assert_allclose(jnp.trapezoid(values, t), 4.0, rtol=1e-6)
         assert_allclose(values[jnp.asarray([0, -1])], [7.0, 1.0])
+        for other, own in (
+            (processes.TrigFlow(), t * jnp.pi / 2), (processes.EDM(), jnp.tan(jnp.pi / 2 * t)),
+        ):  # fmt: skip
+            same = jax.vmap(lambda t, s=schedule, p=other: s(p, t))(own)
+            assert_allclose(same, values, rtol=1e-12)
         guided = guidance.ClassifierFree(Shared.make(), null_cond=2, scale=schedule)
         same = guidance.ClassifierFree(Shared.make(), null_cond=2, scale=schedule(process, t_))
         assert_allclose(guided(x_, t_, 0), same(x_, t_, 0), rtol=1e-12)
@@ -99,6 +104,17 @@ def test_rescaling_keeps_the_contrast_of_the_conditional_answer(x64):
     assert_allclose(spread(make(1.0)), spread(laws), rtol=1e-12)
     expected = 0.7 * spread(laws) + 0.3 * spread(plain)
     assert_allclose(spread(make(0.7)), expected, rtol=1e-12)
+
+
+def test_rescaling_has_a_gradient_where_nothing_is_to_be_rescaled(x64):
+    """Of a single number there is no contrast: the answer, and its slope, are plain guidance's."""
+    x_, t_ = jnp.asarray([0.4]), jnp.asarray(0.5)
+    laws = bimodal(processes.VP())
+    laws = dataclasses.replace(laws, labels=jnp.asarray([0, 1]))
+    plain = guidance.ClassifierFree(laws, null_cond=2, scale=3.0)
+    rescaled = guidance.RescaledClassifierFree(laws, null_cond=2, scale=3.0)
+    slope = lambda denoiser: jax.grad(lambda x: denoiser(x, t_, jnp.asarray(0))[0])(x_)
+    assert_allclose(slope(rescaled), slope(plain), rtol=1e-12)
 
 
 def test_cfg_plus_plus_is_guidance_that_grows_with_the_grid(x64):

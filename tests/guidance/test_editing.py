@@ -211,6 +211,16 @@ def test_options_choose_the_condition_that_is_lacking(x64):
     assert_allclose(run(blend, {**one, "label": jnp.ones(64, int)}), alone[1], rtol=1e-9)
 
 
+def test_numbers_of_steps_are_customary_grids(x64):
+    laws, y = mixture(processes.VP()), jnp.asarray([[0.3, -0.2], [1.0, 0.5]])
+    label = jnp.asarray([0, 1])
+    run = lambda times: guidance.sdedit(KEY, laws, y, times=times, mask=jnp.asarray([1.0, 0.0])).x
+    assert_allclose(run(10), run(laws.process.times(10)), rtol=1e-12)
+    back = lambda times: guidance.edit_by_inversion(laws, y, label, 1 - label, times=times).x
+    grid = laws.process.times(10, laws.process.t_min)[::-1]
+    assert_allclose(back(10), back(grid), rtol=1e-12)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     laws = mixture(processes.VP(), jnp.float32)

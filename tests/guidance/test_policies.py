@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Counting, mixture
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxdiff
 from jaxdiff import guidance, oracles, processes, solvers
@@ -225,6 +225,15 @@ def test_the_published_turns_are_the_default(x64):
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_where_nothing_is_guided_nothing_is_left(x64):
+    """Of the null label as the condition both noises are one, and the residual is 0."""
+    laws = mixture(processes.VP())
+    found = guidance.fit_linear_guidance(
+        KEY, laws, 1, (2,), 8, scale=2.0, cond=jnp.ones(8, int), times=4
+    )
+    assert_array_equal(found.residual, 0)
+
+
 def test_errors():
     laws = isotropic(0.25)
     with pytest.raises(ValueError, match="one row per step of the grid, 5, got 4"):

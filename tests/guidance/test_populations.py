@@ -160,6 +160,8 @@ def test_errors():
     spread = jax.device_put(jnp.zeros((8, 2)), sharding)
     with pytest.raises(ValueError, match="A HostFunction runs on one host"):
         jaxdiff.denoise(KEY, laws, spread, solver=solver, times=jnp.asarray([0.5, 0.1]))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="must return one number an example"):
+        jax.block_until_ready(jaxdiff.HostFunction(lambda x: x)(jnp.ones(2)))
     with pytest.raises(TypeError, match="A HostFunction has no derivative"):
         guide = guidance.ManifoldPreserving(laws, lambda x0, y: asked(x0))
         jaxdiff.sample(KEY, guide, (2,), 2, cond={"y": jnp.zeros((2, 2))}, times=2)

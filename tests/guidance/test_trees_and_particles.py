@@ -154,6 +154,32 @@ def test_a_tree_by_itself_is_that_of_many():
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_what_has_no_number_is_the_worst(x64, temperature):
+    """A reward that is NaN is one of -infinity, and there is no such sample."""
+
+    def found(method, bad):
+        return method(jax.tree_util.Partial(lambda x0, *y: jnp.where(x0[0] > 1, bad, x0[1])))
+
+    def decoded(log_prob):
+        solver = guidance.SVDD(count=4, temperature=temperature, reward=log_prob)
+        return jaxdiff.sample(KEY, laws(), (2,), 16, solver=solver, times=TIMES[:3]).x
+
+    def grown(log_prob):
+        options = {"num_samples": 4, "times": 3, "search": temperature == 0}
+        return guidance.tree_sample(KEY, laws(), (2,), log_prob, rollouts=16, **options).x[0]
+
+    def twisted(log_prob):
+        cond = {"y": jnp.zeros(32)}
+        solver = guidance.TwistedSMC(size=32, log_prob=log_prob)
+        return jaxdiff.sample(KEY, laws(), (2,), 32, cond=cond, solver=solver, times=TIMES).x
+
+    for method in (decoded, grown, twisted):
+        x = found(method, jnp.nan)
+        assert_allclose(x, found(method, -jnp.inf), rtol=1e-12)
+        assert method is decoded or np.all(np.isfinite(x)) and np.all(x[:, 0] <= 1)
+
+
 def test_errors():
     with pytest.raises(TypeError, match="`base` of TwistedSMC must draw from a Gaussian kernel"):
         guidance.TwistedSMC(solvers.UniPC(2), log_prob=SEEN)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxdiff import guidance, losses, parallel
 from jaxdiff._tree import jit
 from jaxdiff.training import Player
+from train.core import runner
 from train.core.classifiers import (
     Classifier,
     build_classifier,
@@ -75,6 +76,12 @@ def load_guides(config: RunConfig, denoiser, source: Source, mesh=None) -> Guide
     loss = losses.NoisyClassifierLoss(losses.UniformLogSNR())
     player = Player(noisy, loss, optimizer_of(steps))
     folder = config.shared_dir / FOLDER / "noisy"
+    others = sorted(int(path.name) for path in folder.glob("[0-9]*"))
+    if others and steps not in others:
+        runner.say(
+            f"{folder.parent} has classifiers of {others} steps; those of {steps} are trained now. "
+            "Pass another number of steps to have the others."
+        )
     noisy = trained(player, source, folder, steps=steps, seed=seed, mesh=mesh)
     clean = load_classifier(config, source, mesh, name=f"{FOLDER}/clean", seed=seed + 1, **SIZES)
     return Guides(noisy, clean)

@@ -95,7 +95,9 @@ class Program:
         begun, found = time.perf_counter(), []
         for first in starts:
             rows = np.arange(first, first + self.size)
-            cond = self._cond(None if classes is None else classes[rows % len(classes)])
+            cond = self._cond(
+                None if classes is None else classes[np.minimum(rows, len(classes) - 1)]
+            )
             given = self.arrays, self.scales, self.times, key, cond, jnp.int32(first)
             found.append(jax.device_get(self.run(*given)))
         seconds = (time.perf_counter() - begun) / (len(starts) * self.size * len(self.scales))
