@@ -17,6 +17,7 @@ import tyro
 
 from benchmarks.calls import sample_call
 from benchmarks.compiling import compile_times
+from benchmarks.distillation import distilling
 from benchmarks.geometry import spectra
 from benchmarks.gradients import mmd_updates, weight_gradients
 from benchmarks.guidance import sweeps
@@ -35,6 +36,7 @@ GROUPS = (
     weight_gradients,
     mmd_updates,
     sweeps,
+    distilling,
     spectra,
     solver_overhead,
     compiler_options,

@@ -20,6 +20,7 @@ Conventions:
 
 from jaxdiff import conditions as conditions
 from jaxdiff import data as data
+from jaxdiff import distillation as distillation
 from jaxdiff import finetuning as finetuning
 from jaxdiff import geometry as geometry
 from jaxdiff import guidance as guidance

@@ -42,7 +42,7 @@ class NoisyCondition(jaxdiff.Stepwise):
         shift, rest = take(cond, "shift", by="NoisyCondition")
         shift = shift + self.size * self.step.t * jax.random.normal(self.step.key, x.shape, x.dtype)
         found = self.base.estimate(x, t, rest, key=key)
-        return found.replace(x0=(found.x0 + shift).astype(x.dtype))
+        return found.moved(self.process, t, found.x0 + shift)
 
 
 class Latched(jaxdiff.Stepwise):
@@ -96,7 +96,8 @@ class Momentum(jaxdiff.Stepwise):
         null = self.base.estimate(x, t, null_where(True, cond, self.null_cond), key=key).x0
         push = (self.scale * (found.x0 - null) + self.rate * self.step.memory).astype(x.dtype)
         mean = self.decay * self.step.memory + (1 - self.decay) * push
-        return self.remember(found.replace(x0=null + push), mean.astype(x.dtype))
+        moved = found.moved(self.process, t, null + push)
+        return self.remember(moved, mean.astype(x.dtype))
 
 
 class Interval(jaxdiff.Stepwise):
@@ -155,7 +156,7 @@ class Measured(jaxdiff.DenoiserMap):
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         variance = sigma**2 / (alpha**2 + sigma**2)
         gain = mask * variance / (variance + self.std**2)
-        return found.replace(x0=(found.x0 + gain * (y - found.x0)).astype(x.dtype))
+        return found.moved(self.process, t, found.x0 + gain * (y - found.x0))
 
 
 class Autoguidance(jaxdiff.DenoiserMap):

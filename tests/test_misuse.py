@@ -3,6 +3,7 @@
 import dataclasses
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +89,63 @@ def test_null_conditions_are_conditions(oracle):
             loss(oracle, KEY, batch, {})
 
 
+def test_denoisers_of_one_map_are_of_one_process(oracle):
+    other = mixture(processes.Cosine(), jnp.float32)
+    slower = mixture(processes.VP(beta_max=10.0), jnp.float32)
+    classifier = guidance.NoisyClassifier(lambda x, label, *, key=None: x, processes.Cosine())
+    experts = guidance.Experts(lambda x: x, None, {}, jnp.ones(3), processes.Cosine())
+    for argument, make in {
+        r"bases\[1\]": lambda: guidance.Product([oracle, other], [1.0, 1.0]),
+        r"bases\[2\]": lambda: guidance.Mixture([oracle, oracle, slower], [0.2, 0.4, 0.4]),
+        "weak": lambda: guidance.Autoguidance(oracle, slower),
+        "small": lambda: guidance.UpsampleGuidance(oracle, other),
+        "log_prob": lambda: guidance.ClassifierGuidance(oracle, classifier),
+        "log_prob ": lambda: guidance.ClassifierGuidance(oracle, experts.log_prob),
+    }.items():
+        with pytest.raises(ValueError, match=f"`{argument.strip()}` must be of the process of"):
+            make()
+    # The same process made twice is one, and what is traced passes.
+    guidance.Autoguidance(oracle, mixture(processes.VP(), jnp.float32))
+    # As it comes out of a compiled step, rounded.
+    rounded = jax.tree.map(jnp.float32, processes.VP())
+    guidance.Autoguidance(oracle, dataclasses.replace(oracle, process=rounded))
+    rounded = eqx.tree_at(lambda p: p.beta_min, processes.VP(), jnp.float32(0.1))
+    guidance.Autoguidance(oracle, dataclasses.replace(oracle, process=rounded))
+
+    def traced(beta):
+        pair = [oracle, mixture(processes.VP(beta_max=beta), jnp.float32)]
+        return guidance.Product(pair, [0.5, 0.5])(jnp.zeros(2), jnp.asarray(0.5))
+
+    assert np.all(np.isfinite(jax.jit(traced)(10.0)))
+
+
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        (7, "classes of the classifier, at least 0 and at most 1, got 7"),
+        (-1, "classes of the classifier, at least 0 and at most 1, got -1"),
+        (1.0, "an integer class for each example, got float32"),
+        (True, "an integer class for each example, got bool"),
+    ],
+)
+def test_classes_are_those_of_the_classifier(oracle, unchecked, wrong, error):
+    class Two(eqx.Module):
+        num_classes = 2
+
+        def __call__(self, x):
+            return x
+
+    network = networks.MLP(2, hidden=8, num_blocks=1, out_features=2, rngs=nnx.Rngs(0))
+    noisy = guidance.NoisyClassifier(network, oracle.process)
+    guided = guidance.ClassifierGuidance(oracle, noisy)
+    for denoiser in (guided, guidance.EluCD(oracle, Two(), shift="score", wrt="xt")):
+        with pytest.raises(ValueError, match=f"`y` must be {error}"):
+            run(denoiser, 2, cond={"y": jnp.asarray([wrong, wrong])})
+        with pytest.raises(ValueError, match=f"`y` must be {error}"):
+            denoiser(jnp.zeros(2), jnp.asarray(0.5), {"y": jnp.asarray(wrong)})
+    assert np.all(np.isfinite(run(guided, 2, cond={"y": jnp.asarray([0, 1])}).x))
+
+
 def test_numbers_of_denoisers_and_solvers_are_scalars(oracle):
     guided = guidance.ClassifierFree(oracle, 2, jnp.asarray([1.0, 5.0]))
     with pytest.raises(ValueError, match=r"`scale` of ClassifierFree must be a scalar, got .*\(2,"):
@@ -105,6 +163,66 @@ def test_numbers_of_denoisers_and_solvers_are_scalars(oracle):
     # Inside a sweep it is one.
     sweep = jax.vmap(lambda s: run(dataclasses.replace(guided, scale=s), cond=jnp.zeros(4, int)).x)
     assert sweep(guided.scale).shape == (2, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, [1.0, 2.0], (2.0,), {}, abs, guidance.LinearScale, 1j, np.True_, jnp.asarray(True), "2"],
+)
+def test_scales_are_numbers_or_schedules(oracle, unchecked, wrong):
+    for make in (
+        lambda scale: guidance.ClassifierFree(oracle, 2, scale),
+        lambda scale: guidance.Autoguidance(oracle, oracle, scale),
+    ):
+        with pytest.raises(
+            TypeError, match="`scale` must be a number, got .* or a schedule such as"
+        ):
+            make(wrong)
+    if wrong is not None:
+        with pytest.raises(TypeError, match="`mix` must be a number, got"):
+            guidance.RescaledClassifierFree(oracle, 2, mix=wrong)
+
+
+def test_an_array_of_scales_is_refused_in_an_estimate_too(oracle):
+    guided = guidance.ClassifierFree(oracle, 2, jnp.asarray([1.0, 5.0]))
+    with pytest.raises(ValueError, match=r"`scale` must be a scalar, got shape \(2,\)"):
+        guided(jnp.zeros(2), jnp.asarray(0.5), jnp.asarray(0))
+
+
+@pytest.mark.parametrize("kind", [int, float, np.float32, np.int64, jnp.float32])
+def test_numbers_of_functions_are_checked_whatever_their_kind(oracle, unchecked, kind):
+    def grow(**options):
+        reward = jax.tree_util.Partial(lambda x0: x0[0])
+        return guidance.tree_sample(KEY, oracle, (2,), reward, rollouts=2, times=2, **options)
+
+    def search(**options):
+        options = {"scale": 2.0, "target": 3, "times": 2, "num_iterations": 1, **options}
+        return guidance.search_policy(KEY, oracle, 2, (2,), 2, cond=jnp.zeros(2, int), **options)
+
+    for name, value in (("temperature", 0), ("temperature", -1), ("widening", -3), ("exponent", 2)):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            grow(**{name: kind(value)})
+    for name, value in (("coldest", 0), ("learning_rate", 0), ("penalty", -1)):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            search(**{name: kind(value)})
+    with pytest.raises(ValueError, match="`scale` must be finite, got nan"):
+        search(scale=np.float32("nan"))
+    with pytest.raises(ValueError, match="`temperature` must be above 0, got nan"):
+        grow(temperature=jnp.float32("nan"))
+    with pytest.raises(ValueError, match="`order` must be at least 0, got -1"):
+        metrics.vendi_score(jnp.ones((3, 2)), order=kind(-1))
+    assert grow(widening=kind(2), exponent=kind(1)).x.shape == (1, 1, 2)
+
+
+def test_ranges_of_guidance_are_not_empty(oracle):
+    with pytest.raises(ValueError, match=r"`high` must be at least 2, got 0\.5"):
+        guidance.LimitedInterval(oracle, 2, low=2.0, high=0.5)
+    with pytest.raises(ValueError, match="`count` must be at least 1, got 0"):
+        guidance.Composable(oracle, 2, count=0)
+    with pytest.raises(TypeError, match="`count` must be a whole number, got True"):
+        guidance.Composable(oracle, 2, count=True)
+    with pytest.raises(ValueError, match=r"`weights` must be finite, got \[nan, 1\.0\]"):
+        guidance.GuidancePolicy(oracle, 2, [jnp.nan, 1.0])
 
 
 def test_counts_are_whole_and_states_are_real(oracle):

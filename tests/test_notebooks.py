@@ -145,6 +145,18 @@ def test_guidance(digits, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_distillation(digits, monkeypatch, capsys):
+    seen = run(ROOT / "notebooks" / "distillation.ipynb", digits, monkeypatch)
+    slopes = {name: np.array(values) - 1 for name, values in seen["slopes"].items()}
+    np.testing.assert_allclose(slopes["DDIM, and training on data"], [-0.146, -0.076], atol=1e-3)
+    np.testing.assert_allclose(slopes["Heun's method"], [0.049, 0.0115], atol=1e-3)
+    assert all(np.isfinite(values).all() for values in seen["distances"].values())
+    for alpha, pulls in seen["pulls"].items():
+        assert pulls[0] < 0 < pulls[1] and (pulls[-1] < 0) == (alpha == 1.2)
+    assert seen["seen"][0][1] > 10 * seen["seen"][1][1]
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_with_outputs_and_nothing_private(path):
     code, text = cells(path), path.read_text()

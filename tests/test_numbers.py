@@ -14,6 +14,7 @@ from flax import nnx
 
 import jaxdiff
 from jaxdiff import (
+    distillation,
     geometry,
     guidance,
     losses,
@@ -28,9 +29,10 @@ from jaxdiff import (
 )
 
 MODULES = (
-    jaxdiff, geometry, guidance, losses, metrics, predictions, processes, solvers, traces, training,
+    jaxdiff, distillation, geometry, guidance, losses, metrics, predictions, processes,
+    solvers, traces, training,
 )  # fmt: skip
-# What fields without a default are given.
+# What fields without a default are given; of one class alone, by its name and theirs.
 REQUIRED = {
     # A network, because some maps look into it.
     "base": lambda: jaxdiff.NetworkDenoiser(
@@ -66,6 +68,10 @@ REQUIRED = {
     "null_cond": lambda: 0,
     "solver": diffrax.Euler,
     "player": lambda: "other",
+    "numbers": lambda: jnp.zeros(4),
+    "bank": lambda: distillation.TrajectoryBank.empty({"x": jnp.zeros((2, 3))}),
+    "Balanced.loss": lambda: distillation.ConsistencyTrajectory(),
+    "SingleTrajectoryCritic.loss": lambda: distillation.SingleTrajectory(REQUIRED["bank"]()),
 }
 
 
@@ -87,7 +93,7 @@ def build(kind, **given):
             given[field.name] = (
                 solvers.DDIM()
                 if issubclass(kind, solvers.DiffusionSolver) and field.name == "base"
-                else REQUIRED[field.name]()
+                else REQUIRED.get(f"{kind.__name__}.{field.name}", REQUIRED.get(field.name))()
             )
     return kind(**given)
 

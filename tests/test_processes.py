@@ -43,6 +43,25 @@ def test_drift_and_diffusion_carry_the_marginals(x64, make):
     )
 
 
+@every_process
+def test_unit_time_grows_from_data_to_noise(x64, make):
+    process = make()
+    t = jnp.linspace(0.0, process.t_max, 101)
+    u = process.unit_time(t)
+    assert u[0] == 0 and np.all(np.diff(u) > 0) and 0.98 < u[-1] <= 1
+    if process.horizon == 1:
+        np.testing.assert_array_equal(u, t)
+
+
+def test_unit_time_of_angles_and_noise_levels(x64):
+    """TrigFlow's angle over a right one; EDM's is the time at which Cosine is as noisy."""
+    t = jnp.linspace(0.01, 0.99, 50)
+    assert processes.TrigFlow().unit_time(jnp.pi / 4) == 0.5
+    cosine = processes.Cosine()
+    levels = cosine.sigma(t) / cosine.alpha(t)
+    np.testing.assert_allclose(processes.EDM().unit_time(levels), t, rtol=1e-12)
+
+
 def test_drift_and_diffusion_match_their_published_forms(x64):
     t = jnp.linspace(0.01, 0.99, 50)
     beta = 0.1 + 19.9 * t

@@ -31,6 +31,8 @@ KINDS = {
     "guidance": "guidance",
     "geometry": "geometry",
     "losses": "loss",
+    "finetuning": "fine-tuning",
+    "distillation": "distillation",
     "training": "training",
     "metrics": "metric",
 }
@@ -77,8 +79,8 @@ def _implements(value: object, public: dict[str, object]) -> bool:
     return any(_abstract(base) and base in public.values() for base in value.__mro__)
 
 
-def methods() -> dict[str, tuple[str, object, str | None]]:
-    """Kind, object and paper of every method, by name."""
+def methods() -> dict[tuple[str, str], tuple[str, object, str | None]]:
+    """Kind, object and paper of every method, by family and name."""
     found = {}
     for family, kind in KINDS.items():
         public = _public(importlib.import_module(f"jaxdiff.{family}"))
@@ -91,7 +93,7 @@ def methods() -> dict[str, tuple[str, object, str | None]]:
                 continue
             # The members of an interface may share the reference of their module.
             paper = paper or _cited(sys.modules[value.__module__].__doc__)
-            found[name] = kind, value, paper and _in_full(paper, known)
+            found[family, name] = kind, value, paper and _in_full(paper, known)
     return found
 
 
@@ -106,27 +108,29 @@ class TestFunctions:
             for node in ast.parse(source).body:
                 for name in _names(node):
                     named[name] = node, ast.get_source_segment(source, node)
-            self.modules[path.stem] = path, named
+            # By their short names, for imports; a second one of a name is imported by none.
+            key = str(path) if path.stem in self.modules else path.stem
+            self.modules[key] = path, named
 
     @functools.cached_property
     def texts(self) -> dict[str, list[str]]:
         """For every test, "file::function", its own text and those of what it uses."""
         found = {}
-        for stem, (path, named) in self.modules.items():
+        for key, (path, named) in self.modules.items():
             for name, (node, text) in named.items():
-                if stem.startswith("test_") and name.startswith("test_"):
+                if path.stem.startswith("test_") and name.startswith("test_"):
                     decorators = "".join(map(ast.unparse, node.decorator_list))
-                    used = [*self._used(stem, node, depth=3)]
+                    used = [*self._used(key, node, depth=3)]
                     found[f"{path.relative_to(ROOT)}::{name}"] = [decorators + text, *used]
         return found
 
-    def _used(self, stem: str, node: ast.AST, depth: int):
+    def _used(self, key: str, node: ast.AST, depth: int):
         if depth == 0:
             return
         for part in ast.walk(node):
-            if not isinstance(part, ast.Name) or part.id not in self.modules[stem][1]:
+            if not isinstance(part, ast.Name) or part.id not in self.modules[key][1]:
                 continue
-            found, text = self.modules[stem][1][part.id]
+            found, text = self.modules[key][1][part.id]
             if found is node:
                 continue
             if isinstance(found, ast.ImportFrom):
@@ -135,7 +139,7 @@ class TestFunctions:
                     yield self.modules[found.module][1][part.id][1]
             elif not part.id.startswith("test_"):
                 yield text
-                yield from self._used(stem, found, depth - 1)
+                yield from self._used(key, found, depth - 1)
 
 
 def _names(node: ast.stmt) -> list[str]:
@@ -148,23 +152,29 @@ def _names(node: ast.stmt) -> list[str]:
     return []
 
 
-def proofs(found: dict) -> dict[str, str]:
+def proofs(found: dict) -> dict[tuple[str, str], str]:
     """The test of every method: of those that name it, the one that speaks of little else."""
-    word = re.compile(r"\b(" + "|".join(sorted(found, key=len, reverse=True)) + r")\b")
-    best = {}
+    names = {name for _, name in found}
+    word = re.compile(r"\b(" + "|".join(sorted(names, key=len, reverse=True)) + r")\b")
+    best: dict = {}
     for test, (own, *used) in TestFunctions().texts.items():
         said, around = word.findall(own), [name for text in used for name in word.findall(text)]
-        for name in {*said, *around}:
-            kind, value, _ = found[name]
+        spoken = {*said, *around}
+        for (family, name), (_, value, _) in found.items():
+            if name not in spoken:
+                continue
             # Tests of a family live in its folder, those of a file in one of its name.
             parts = [part.strip("_") for part in value.__module__.split(".")[1:]]
-            home = sum(part in test.split("::")[0] for part in parts)
+            folder = test.split("::")[0]
+            home = sum(part in folder for part in parts)
+            if any(f"/{other}/" in folder for other in KINDS if other != parts[0]):
+                home -= 0.5
             refusals = own.count("pytest.raises")
             share = (3 * said.count(name) + around.count(name)) / (3 * len(said) + len(around) + 3)
             score = share * (1 + home) ** 2 / (1 + refusals)
-            if score > best.get(name, ("", 0.0))[1]:
-                best[name] = test, score
-    return {name: test for name, (test, _) in best.items()}
+            if score > best.get((family, name), ("", 0.0))[1]:
+                best[family, name] = test, score
+    return {key: test for key, (test, _) in best.items()}
 
 
 def rows() -> tuple[list[str], list[str]]:
@@ -172,12 +182,13 @@ def rows() -> tuple[list[str], list[str]]:
     found = methods()
     tests = proofs(found)
     lines = []
-    for name, (kind, value, paper) in found.items():
+    for key, (kind, value, paper) in found.items():
+        name = key[1]
         source = Path(inspect.getsourcefile(inspect.unwrap(value))).relative_to(ROOT)
         lines.append(
-            f"| `{name}` | {kind} | {paper or '-'} | `{source}` | `{tests.get(name, '-')}` |"
+            f"| `{name}` | {kind} | {paper or '-'} | `{source}` | `{tests.get(key, '-')}` |"
         )
-    missing = [f"`{name}` is named by no test" for name in found if name not in tests]
+    missing = [f"`{'.'.join(key)}` is named by no test" for key in found if key not in tests]
     return lines, missing
 
 

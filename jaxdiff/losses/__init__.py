@@ -8,6 +8,7 @@ from jaxdiff.losses._denoising import denoising_error as denoising_error
 from jaxdiff.losses._iddpm import HybridLoss as HybridLoss
 from jaxdiff.losses._iddpm import reverse_step_nll as reverse_step_nll
 from jaxdiff.losses._noisy_classifier import NoisyClassifierLoss as NoisyClassifierLoss
+from jaxdiff.losses._time_laws import Karras as Karras
 from jaxdiff.losses._time_laws import LogitNormal as LogitNormal
 from jaxdiff.losses._time_laws import LogNormal as LogNormal
 from jaxdiff.losses._time_laws import TimeLaw as TimeLaw

@@ -9,7 +9,7 @@ from abc import abstractmethod
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtri
+from jax.scipy.special import logit, ndtr, ndtri
 from jaxtyping import Array
 
 from jaxdiff._checks import check_number
@@ -28,6 +28,24 @@ class TimeLaw(eqx.Module):
     def density(self, process: GaussianProcess, t: Array) -> Array:
         """p(t)."""
 
+    def level(self, process: GaussianProcess, t: Array) -> Array:
+        """The level u of a time: the inverse of `quantile`, by bisection.
+
+        A law that `quantile` clips has a closed form instead, which at t_min and t_max is the
+        share of the law below them.
+        """
+        t = jnp.asarray(t)
+
+        def halve(_, bounds):
+            low, high = bounds
+            middle = (low + high) / 2
+            above = self.quantile(process, middle) > t
+            return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+        ends = jnp.zeros_like(t), jnp.ones_like(t)
+        low, high = jax.lax.fori_loop(0, jnp.finfo(t.dtype).nmant + 4, halve, ends)
+        return (low + high) / 2
+
 
 class UniformTime(TimeLaw):
     """t uniform on [t_min, t_max]."""
@@ -35,6 +53,10 @@ class UniformTime(TimeLaw):
     def quantile(self, process: GaussianProcess, u: Array) -> Array:
         """t_min + u (t_max - t_min)."""
         return process.t_min + u * (process.t_max - process.t_min)
+
+    def level(self, process: GaussianProcess, t: Array) -> Array:
+        """(t - t_min) / (t_max - t_min)."""
+        return (t - process.t_min) / (process.t_max - process.t_min)
 
     def density(self, process: GaussianProcess, t: Array) -> Array:
         """1 / (t_max - t_min)."""
@@ -64,6 +86,44 @@ class UniformLogSNR(TimeLaw):
         return process.log_snr(t_min), process.log_snr(t_max)
 
 
+class Karras(TimeLaw):
+    """(sigma / alpha)^(1 / rho) uniform between its ends: EDM's grid, as a law.
+
+    Args:
+        rho: 7 in the paper; 1 is uniform in the noise level, and a large one in its logarithm.
+
+    Reference: Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based
+    Generative Models", 2022, arXiv 2206.00364, equation 5.
+    """
+
+    rho: Number = number(7.0)
+
+    def __check_init__(self):
+        check_number("rho", self.rho, above=0.0)
+
+    def quantile(self, process: GaussianProcess, u: Array) -> Array:
+        """Time of noise level (a + u (b - a))^rho, a and b the roots of those of the ends."""
+        clean, noisy = self._ends(process)
+        return process.time(-2 * self.rho * jnp.log(clean + u * (noisy - clean)))
+
+    def level(self, process: GaussianProcess, t: Array) -> Array:
+        """Where the root of the noise level is between its ends."""
+        clean, noisy = self._ends(process)
+        return (self._root(process, t) - clean) / (noisy - clean)
+
+    def density(self, process: GaussianProcess, t: Array) -> Array:
+        """The derivative of `level`."""
+        return derivative(lambda t: self.level(process, t), t)
+
+    def _root(self, process: GaussianProcess, t: Array) -> Array:
+        return jnp.exp(-0.5 * process.log_snr(t) / self.rho)
+
+    def _ends(self, process: GaussianProcess) -> tuple[Array, Array]:
+        dtype = jnp.result_type(float)
+        t_min, t_max = (jnp.asarray(end, dtype) for end in (process.t_min, process.t_max))
+        return self._root(process, t_min), self._root(process, t_max)
+
+
 class LogNormal(TimeLaw):
     """log(sigma / alpha) ~ N(mean, std^2).
 
@@ -85,6 +145,10 @@ class LogNormal(TimeLaw):
     def quantile(self, process: GaussianProcess, u: Array) -> Array:
         """Time of log-SNR -2 (mean + std ndtri(u))."""
         return process.time(-2 * (self.mean + self.std * ndtri(u)))
+
+    def level(self, process: GaussianProcess, t: Array) -> Array:
+        """Phi((log(sigma / alpha) - mean) / std)."""
+        return ndtr((-0.5 * process.log_snr(t) - self.mean) / self.std)
 
     def density(self, process: GaussianProcess, t: Array) -> Array:
         """N(log(sigma / alpha); mean, std^2) |d log(sigma / alpha) / dt|."""
@@ -127,6 +191,10 @@ class LogitNormal(TimeLaw):
             )
         t = jax.nn.sigmoid(self.mean + self.std * ndtri(u))
         return jnp.clip(t, process.t_min, process.t_max)
+
+    def level(self, process: GaussianProcess, t: Array) -> Array:
+        """Phi((logit t - mean) / std)."""
+        return ndtr((logit(t) - self.mean) / self.std)
 
     def density(self, process: GaussianProcess, t: Array) -> Array:
         """N(logit t; mean, std^2) / (t (1 - t))."""

@@ -25,6 +25,7 @@ from jaxdiff.networks._layers import attend as attend
 from jaxdiff.networks._layers import dropout as dropout
 from jaxdiff.networks._layers import timestep_embedding as timestep_embedding
 from jaxdiff.networks._layers import with_attention as with_attention
+from jaxdiff.networks._layers import with_scalars as with_scalars
 from jaxdiff.networks._layers import without_remat as without_remat
 from jaxdiff.networks._mlp import MLP as MLP
 from jaxdiff.networks._rules import TENSOR_RULES as TENSOR_RULES

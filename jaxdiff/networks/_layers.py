@@ -241,6 +241,34 @@ def with_attention(network: nnx.Module, implementation: str) -> nnx.Module:
     return _changed(network, Attention, "implementation", "attention", implementation)
 
 
+def with_scalars(network: "Network", *names: str) -> "Network":
+    """The same network, which takes further scalar conditions and does not listen to them yet.
+
+    Their projections begin at zero, so that it is the same function until it learns.
+
+    Args:
+        network: a `UNet`, `DiT` or `MLP`.
+        names: of the entries.
+
+    Raises:
+        ValueError: for an entry that it has already.
+    """
+    known = network.embedding.known()  # type: ignore[attr-defined]
+    if taken := sorted(set(names) & set(known)):
+        raise ValueError(f"`names` must be new entries, got {taken[0]!r}: it takes {known}.")
+    given = (*dict(network.arguments)["scalars"], *names)
+    copy: Any = jax.tree.map(lambda leaf: leaf, network)
+    copy.arguments = tuple((n, given if n == "scalars" else v) for n, v in network.arguments)
+    embedding = copy.embedding
+    kernel = embedding.first.kernel
+    for name in names:
+        embedding.scalars[name] = nnx.Linear(
+            embedding.features, embedding.size, kernel_init=zeros, dtype=embedding.first.dtype,
+            param_dtype=kernel.dtype, rngs=nnx.Rngs(0),
+        )  # fmt: skip
+    return copy
+
+
 def without_remat(tree: PyTree) -> PyTree:
     """The same networks, wherever they are in a tree, that recompute nothing."""
 

@@ -94,6 +94,11 @@ class MLP(Network):
         self.norm = nnx.LayerNorm(hidden, **kinds)
         self.last = nnx.Linear(hidden, out_features or features, kernel_init=zeros, **kinds)
 
+    @property
+    def out_features(self) -> int:
+        """Size of the output."""
+        return self.last.out_features
+
     def forward(
         self,
         tap: Tap,

@@ -24,6 +24,7 @@ from jaxdiff.solvers._dmcmc import ChainStates as ChainStates
 from jaxdiff.solvers._dmcmc import LangevinGibbs as LangevinGibbs
 from jaxdiff.solvers._dmcmc import OracleNoisePosterior as OracleNoisePosterior
 from jaxdiff.solvers._dmcmc import langevin_gibbs as langevin_gibbs
+from jaxdiff.solvers._double_jump import DoubleJump as DoubleJump
 from jaxdiff.solvers._dpm_solver import DPMSolver as DPMSolver
 from jaxdiff.solvers._dpm_solver import DPMSolverMultistep as DPMSolverMultistep
 from jaxdiff.solvers._edict import EDICT as EDICT

@@ -86,6 +86,11 @@ class SolverWrapper(DiffusionSolver):
         """The base's."""
         return self.base.init_memory(_with_plan(problem, problem.plan.base), x)
 
+    @property
+    def needs_signal(self) -> bool:
+        """The base's."""
+        return self.base.needs_signal
+
     def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
         """The base's."""
         return self.base.default_times(process, num_steps, t_end)

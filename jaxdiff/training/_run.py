@@ -26,7 +26,9 @@ from jaxdiff.training._step import Player, PlayerState, check_players
 
 MODEL = "model.json"
 # Where the classes are that a file may name.
-MODULES = ("jaxdiff", "jaxdiff.networks", "jaxdiff.processes", "jaxdiff.predictions")
+MODULES = tuple(
+    f"jaxdiff{part}" for part in ("", ".networks", ".processes", ".predictions", ".distillation")
+)
 
 
 class Run(NamedTuple):
@@ -45,12 +47,16 @@ class Run(NamedTuple):
     config: Any
 
 
-def save_model(run_dir: str | Path, players: Mapping[str, Player], **info: Any) -> None:
+def save_model(
+    run_dir: str | Path, players: Mapping[str, Player], *, sampled: str | None = None, **info: Any
+) -> None:
     """Write what `load_run` needs beside the checkpoints: `model.json` in the run directory.
 
     Args:
         run_dir: the run's directory, whose checkpoints are in "checkpoints"; made if it is missing.
-        players: as for `make_train_step`; their models are made of classes of jaxdiff.
+        players: as for `make_train_step`, or some of them; their models are made of classes of
+            jaxdiff.
+        sampled: the player that `load_run` loads if it is not told which; None for the only one.
         info: what else one must know to use them, as JSON, e.g. `event_shape=(32, 32, 3)`.
 
     Raises:
@@ -68,7 +74,8 @@ def save_model(run_dir: str | Path, players: Mapping[str, Player], **info: Any) 
     }
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / MODEL, {"players": described, "info": info})
+    chosen = {} if sampled is None else {"sampled": sampled}
+    write_json(run_dir / MODEL, {"players": described, "info": info, **chosen})
 
 
 def load_run(
@@ -83,7 +90,7 @@ def load_run(
 
     Args:
         run_dir: what `save_model` and a `CheckpointStore` in its "checkpoints" have written.
-        player: whose model; None where there is one player only.
+        player: whose model; None for the one that is sampled, or the only one.
         average: which of its averages; None for the weights as they were trained, as also for a
             player without averages.
         sigma_rel: the relative width of an average that is made here (`reconstruct_ema`), of
@@ -110,8 +117,8 @@ def load_run(
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}.") from None
-    if player is None and len(players) == 1:
-        player = next(iter(players))
+    if player is None:
+        player = stored.get("sampled", next(iter(players)) if len(players) == 1 else None)
     if player not in players:
         raise ValueError(f"`player` must be one of {sorted(players)}, got {player!r}.")
     count, written = described[player]

@@ -77,7 +77,7 @@ MAPS = {
     ),
     "CFGZeroStar": (lambda base: guidance.CFGZeroStar(base, null_cond=2, scale=2.0), 8, 4),
     "LimitedInterval": (
-        lambda base: guidance.LimitedInterval(base, null_cond=2, scale=3.0, low=0.1, high=2.0),
+        lambda base: guidance.LimitedInterval(base, null_cond=2, scale=3.0, low=0.0, high=2.0),
         None, None,
     ),
     "AdaptiveGuidance": (
@@ -144,6 +144,16 @@ MAPS = {
     "Ensemble": (lambda base: outside.Ensemble(base, (Weaker(base), Weaker(base))), 15, 15),
 }  # fmt: skip
 each_map = pytest.mark.parametrize("name", MAPS)
+
+
+class Stated(jaxdiff.DenoiserMap):
+    """States the noise that x0 implies, which says nothing new."""
+
+    base: jaxdiff.Denoiser
+
+    def estimate(self, x, t, cond=None, *, key=None):
+        found = self.base.estimate(x, t, cond, key=key)
+        return found.replace(eps=found.noise(self.process, x, t))
 
 
 def cond_of(name, count=COUNT):
@@ -273,6 +283,38 @@ def test_with_three_solvers_and_two_other_maps(x64, name):
     np.testing.assert_array_equal(inside.nfe, alone[0].nfe)
     np.testing.assert_allclose(around.x, alone[1].x, rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(around.nfe, 2 * alone[1].nfe)
+
+
+@pytest.mark.parametrize("name", [name for name in MAPS if name != "Ensemble"])
+def test_a_noise_that_the_base_states_is_guided_with_x0(x64, name):
+    """What states the implied noise is what states none, inside of every map."""
+    build, oracle = MAPS[name][0], base(jnp.float64)
+    x, t = jnp.asarray([0.3, -0.2]), jnp.asarray(0.5)
+    cond = jax.tree.map(lambda leaf: leaf[0], cond_of(name))
+
+    @jax.jit
+    def noise(denoiser):
+        notes = init_notes(denoiser, x)
+        step = jaxdiff.Step(t, t / 2, KEY, index=jnp.asarray(1), notes=notes, num_steps=STEPS)
+        found = at_step(denoiser, step).estimate(x, t, cond)
+        return found.x0, found.noise(denoiser.process, x, t)
+
+    expected, found = noise(build(oracle)), noise(build(Stated(oracle)))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@each_map
+def test_a_start_without_signal_is_finite_or_refused(name):
+    """Where alpha is 0, and of a number of steps."""
+    denoiser = MAPS[name][0](mixture(processes.RectifiedFlow(), jnp.float32))
+    assert np.all(np.isfinite(run(name, denoiser).x))
+    if denoiser.needs_signal:
+        wanted = f"must start where alpha > 0 with {type(denoiser).__name__}"
+        with pytest.raises(ValueError, match=f"`times` {wanted}"):
+            run(name, denoiser, times=jnp.linspace(1.0, 0.0, STEPS + 1))
+    else:
+        out = run(name, denoiser, times=jnp.linspace(1.0, 0.0, STEPS + 1))
+        assert np.all(np.isfinite(out.x))
 
 
 @each_map

@@ -29,6 +29,7 @@ SOLVERS = {
     "DPMSolver(3)": (solvers.DPMSolver(3, X0()), 16),
     "DPMSolverMultistep": (solvers.DPMSolverMultistep(3), 6),
     "DPMSolverMultistep(eps, sde)": (solvers.DPMSolverMultistep(2, Eps(), eta=0.7), 6),
+    "DoubleJump": (solvers.DoubleJump(), 6),
     "EDICT": (solvers.EDICT(), 12),
     "EDMHeun": (solvers.EDMHeun(), 11),
     "EDMHeun(churn)": (solvers.EDMHeun(s_churn=4.0), 11),
@@ -68,6 +69,20 @@ def spread(name):
     program = jax.jit(lambda oracle: run(oracle, solver, sharding=sharding).x)
     compiled = program.lower(oracle).compile()
     return compiled(oracle), compiled.as_text()
+
+
+@each_solver
+def test_a_start_without_signal_is_finite_or_refused(name):
+    solver, times = SOLVERS[name][0], jnp.linspace(1.0, 0.0, 7)
+    oracle = mixture(processes.RectifiedFlow(), jnp.float32)
+    if not isinstance(solver, solvers.DiffusionSolver):
+        return
+    if solver.needs_signal:
+        for grid in (times, jnp.tile(times, (16, 1))):
+            with pytest.raises(ValueError, match="`times` must start where alpha > 0 with"):
+                run(oracle, solver, times=grid)
+    else:
+        assert np.all(np.isfinite(run(oracle, solver, times=times).x))
 
 
 def test_no_solver_is_missing():

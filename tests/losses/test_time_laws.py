@@ -11,6 +11,7 @@ LAWS = [
     losses.UniformLogSNR(),
     losses.LogNormal(),
     losses.LogitNormal(0.5, 0.8),
+    losses.Karras(),
 ]
 
 
@@ -25,6 +26,19 @@ def test_density_is_the_derivative_of_the_inverse_quantile(x64, law, process):
         t, slope = jax.jvp(lambda u: law.quantile(process, u), (u,), (1.0,))
         if process.t_min < t < process.t_max:
             np.testing.assert_allclose(law.density(process, t) * slope, 1, rtol=1e-8)
+            np.testing.assert_allclose(law.level(process, t), u, rtol=1e-9)
+
+
+def test_levels_of_a_karras_law_are_edms_grid(x64):
+    process = processes.EDM()
+    grid = losses.Karras().quantile(process, jnp.linspace(1, 0, 19))
+    np.testing.assert_allclose(grid, process.times(18, t_end=process.t_min), rtol=1e-9)
+
+
+def test_the_level_of_an_end_is_the_share_of_the_law_below_it(x64):
+    law, process = losses.LogNormal(-1.1, 2.0), processes.EDM()
+    share = law.level(process, jnp.asarray([process.t_min, process.t_max]))
+    np.testing.assert_allclose(share, [0.0052743, 0.9969375], atol=1e-6)
 
 
 def test_edm_law_is_log_normal_in_sigma(x64):

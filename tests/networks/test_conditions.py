@@ -10,7 +10,16 @@ from flax import nnx
 
 import jaxdiff
 from jaxdiff import guidance, processes
-from jaxdiff.networks import MLP, DiT, EditedNetwork, UNet, read_taps, tap_names, with_attention
+from jaxdiff.networks import (
+    MLP,
+    DiT,
+    EditedNetwork,
+    UNet,
+    read_taps,
+    tap_names,
+    with_attention,
+    with_scalars,
+)
 
 T = jnp.float32(3.0)
 
@@ -107,6 +116,21 @@ def test_scalars_start_without_effect_and_then_have_one(name):
         trained(x, T, {"label": 1, "guidance": 2.0})
     with pytest.raises(ValueError, match="an entry 'time' that nobody takes: this network takes"):
         trained(x, T, {**cond, "time": 2.0})
+
+
+@each_network
+def test_a_network_that_is_told_more_is_the_same_until_it_learns(name):
+    network = with_random_weights(lambda: BUILDS[name](scalars=("s",)))
+    told = with_scalars(network, "end", "scale")
+    x, cond = example(network), {"label": jnp.asarray(1), "s": jnp.asarray(0.3)}
+    more = {**cond, "end": jnp.asarray(0.2), "scale": jnp.asarray(3.0)}
+    np.testing.assert_array_equal(call(told, x, more), call(network, x, cond))
+    assert dict(told.arguments)["scalars"] == ("s", "end", "scale")
+    slope = jax.grad(lambda n: jnp.sum(call(n, x, more) ** 2))(told)
+    assert np.any(slope.embedding.scalars["end"].kernel[...] != 0)
+    assert dict(network.arguments)["scalars"] == ("s",)  # the first is as it was
+    with pytest.raises(ValueError, match="`names` must be new entries, got 's'"):
+        with_scalars(network, "s")
 
 
 @pytest.mark.parametrize("name", ["unet", "dit"])

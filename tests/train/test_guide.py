@@ -70,6 +70,11 @@ def test_classifiers_are_trained_once_and_do_not_measure(points, capsys):
     before = [path.stat().st_mtime_ns for path in files]
     assert classifier.main(classifier.Options(str(points))) == found
     assert [path.stat().st_mtime_ns for path in files] == before
+    capsys.readouterr()
+    classifier.main(classifier.Options(str(points), steps=20))
+    assert "has classifiers of [80] steps; those of 20 are trained now." in capsys.readouterr().out
+    shutil.rmtree(points / "guides" / "noisy" / "20")
+    shutil.rmtree(points / "guides" / "clean" / "20")
     assert classifier.cli([str(points), "--steps", "0"]) == 1
     assert "`steps` of classifiers must be at least 1" in capsys.readouterr().err
 
@@ -131,8 +136,27 @@ def test_a_sweep_is_one_program_a_method_and_goes_on(points, monkeypatch, capsys
     assert (folder / "strips" / "cfg.png").exists()
     again = guide.main(dataclasses.replace(options, seeds=(0, 1)))
     assert again[: len(found)] == found and {row["seed"] for row in again[len(found) :]} == {1}
-    with pytest.raises(ValueError, match="`out` must be a file of the same settings"):
+    expected = (
+        "`name` must be a file of the same settings, num_samples = 64, got .* of num_samples = 48"
+    )
+    with pytest.raises(ValueError, match=expected + r"\. Name another by --name"):
         guide.main(dataclasses.replace(options, num_samples=64))
+
+
+def test_populations_are_of_one_class_whatever_their_number():
+    """What fills the last batch is of the last class."""
+    asked = []
+    program = object.__new__(measure.Program)
+    program.size, program.info = 8, DataInfo((2,), 3, classes=(0, 1, 2))
+    classes = measure.blocks((0, 1, 2), 18)
+    program._cond = lambda rows: asked.append(rows)
+    program.run = lambda *_: (np.zeros((1, 8, 2)), np.zeros((1, 8)))
+    program.arrays = program.times = program.bytes = None
+    program.scales = np.ones(1)
+    assert program(None, 18, classes).x.shape == (1, 18, 2)
+    found = np.concatenate(asked).reshape(-1, recipe.PARTICLES)
+    np.testing.assert_array_equal(found[:, 0], [0, 1, 2, 0, 1, 1])
+    np.testing.assert_array_equal(found, np.broadcast_to(found[:, :1], found.shape))
 
 
 def test_a_run_without_classes(moons, capsys):

@@ -14,7 +14,7 @@ from cases import PROCESSES, with_random_weights
 from flax import nnx
 
 import jaxdiff
-from jaxdiff import losses, networks, predictions
+from jaxdiff import distillation, losses, networks, predictions
 from jaxdiff.training import (
     CheckpointStore,
     Player,
@@ -226,3 +226,19 @@ print(jaxdiff.sample(jax.random.key(0), run.model, (2,), 3, cond=cond, times=2).
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "(3, 2)", done.stderr
+
+
+def test_the_player_that_is_sampled_is_loaded_and_a_jump_is_read_again(tmp_path):
+    """Of several players, one of which is a map between two times."""
+    student = distillation.Jump(player(process=jaxdiff.processes.VP()).model, "s")
+    players = {
+        "fake": player(process=jaxdiff.processes.VP()),
+        "student": Player(student, losses.DenoisingLoss(), optax.sgd(0.1), PowerEMA((0.1,))),
+    }
+    state = saved(tmp_path, players)
+    save_model(tmp_path, players, sampled="student")
+    found = load_run(tmp_path).model
+    assert type(found) is distillation.Jump and found.until == "s"
+    same(found.network, state["student"].averaged().network)
+    fake = load_run(tmp_path, player="fake").model
+    same(fake.network, state["fake"].model.network)

@@ -13,7 +13,7 @@ from train.core.data import DataConfig
 
 SolverName = Literal[
     *("ddim", "ancestral", "heun", "euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"),
-    *("sa_solver", "seeds"),
+    *("sa_solver", "seeds", "flow_map"),
 ]
 TimesName = Literal["uniform", "log_snr", "karras", "polyexponential", "quadratic"]
 MetricName = Literal[
@@ -121,8 +121,10 @@ class SamplingConfig:
         solver: see `train.core.sampling`.
         sampling_steps: steps of the solver.
         times: the grid of steps; None for the one customary for the process and the solver.
+        start: the time that sampling begins at, of steps uniform in time; None for the last one.
         order: of the solver; None for its own.
-        eta: noise that the solver adds; None for its own.
+        eta: noise that the solver adds; None for its own. Of "flow_map" the gamma in [0, 1]: 1 is
+            multistep consistency sampling, None the map itself.
         churn: noise that "heun" adds, over all steps.
         average: which average of the weights, counted from 0.
         ema_width: relative width of an average that is made afterwards, of all the power-function
@@ -134,6 +136,7 @@ class SamplingConfig:
     solver: SolverName = "ddim"
     sampling_steps: int = 25
     times: TimesName | None = None
+    start: float | None = None
     order: int | None = None
     eta: float | None = None
     churn: float | None = None

@@ -154,6 +154,13 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """An npz file, there whole or not at all."""
+    temporary = path.with_name(f".{path.stem}.tmp.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(path)
+
+
 def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
     """Write columns of equal length under a header row; under a temporary name, then renamed."""
     temporary = path.with_suffix(".tmp.csv")

@@ -20,15 +20,28 @@ def add(path: Path, *rows: dict[str, Any]) -> None:
     figures.write_text(path, "\n".join(lines) + "\n")
 
 
-def check_settings(path: Path, rows: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+def check_settings(
+    path: Path, rows: list[dict[str, Any]], settings: Mapping[str, Any], option: str = "out"
+) -> None:
     """Refuse a file whose lines are of other settings.
 
+    Args:
+        path: of the file.
+        rows: its lines.
+        settings: those wanted.
+        option: of the command, which names the file or its folder.
+
     Raises:
-        ValueError: with both.
+        ValueError: with those that differ.
     """
     for row in rows:
-        if row["settings"] != settings:
+        there = row["settings"]
+        names = [n for n in {**settings, **there} if settings.get(n) != there.get(n)]
+        if names:
+            wanted, got = (
+                ", ".join(f"{n} = {values.get(n)!r}" for n in names) for values in (settings, there)
+            )
             raise ValueError(
-                f"`out` must be a file of the same settings, {dict(settings)}, got {path} of "
-                f"{row['settings']}. Name another."
+                f"`{option}` must be a file of the same settings, {wanted}, got {path} of {got}. "
+                f"Name another by --{option}."
             )

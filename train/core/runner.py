@@ -23,6 +23,8 @@ from jaxdiff import parallel
 from jaxdiff._tree import jit
 from jaxdiff.costs import chip_of
 from jaxdiff.data import make_loader
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.flow_map import FlowMap
 from jaxdiff.networks import TENSOR_RULES
 from jaxdiff.training import (
     CheckpointStore,
@@ -114,10 +116,18 @@ class Log:
         first_step: where the run begins or goes on.
         steps: where it ends.
         batch_size: examples of a step.
+        sampled: the player whose loss is the run's.
     """
 
-    def __init__(self, writers: Sequence[Writer], first_step: int, steps: int, batch_size: int):
-        self.writers = writers
+    def __init__(
+        self,
+        writers: Sequence[Writer],
+        first_step: int,
+        steps: int,
+        batch_size: int,
+        sampled: str = "model",
+    ):
+        self.writers, self.sampled = writers, sampled
         self.rate: float | None = None
         self.flops: int | None = None
         self.batch_size = batch_size
@@ -134,6 +144,8 @@ class Log:
             self.begun = (step, now)
         elif step > self.begun[0]:
             self.rate = (step - self.begun[0]) / (now - self.begun[1])
+        if f"{self.sampled}/loss" in metrics:  # of several players
+            metrics = {**metrics, "loss": metrics[f"{self.sampled}/loss"]}
         self.scalars(step, {**metrics, **self.speed()})
         if "loss" in metrics:
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
@@ -319,6 +331,7 @@ def train(
     sampled: str,
     held_out_loss: Callable[..., Any] | None = None,
     describe: bool = True,
+    constants: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """What every recipe does with its players: begin or go on, log, watch, keep, and evaluate.
 
@@ -330,7 +343,9 @@ def train(
         held_out: the data to measure against.
         sampled: the player whose averaged model is sampled and measured.
         held_out_loss: `(model, key, batch, frozen)`, logged where samples are; None for none.
-        describe: whether the run's directory alone is to make its models.
+        describe: whether the run's directory alone is to make its models; critics and the like,
+            which make no samples, are not in it.
+        constants: what losses find by name beside the players, such as a teacher.
 
     Returns:
         The state at the end.
@@ -366,7 +381,8 @@ def train(
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
     if first and describe:
-        save_model(run_dir, players, **dataclasses.asdict(info))
+        models = {n: p for n, p in players.items() if isinstance(p.model, Denoiser | FlowMap)}
+        save_model(run_dir, models, sampled=sampled, **dataclasses.asdict(info))
     key = jax.random.key(config.seed)
     state = init_train_state(begin, key, mesh=several, rules=TENSOR_RULES)
     batches = iter(loader)
@@ -381,18 +397,18 @@ def train(
     if first:
         save_config(config)
         writers = build_writers(config.writers, run_dir, done, to_json(config))
-    log = Log(writers, done, config.steps, config.batch_size)
+    log = Log(writers, done, config.steps, config.batch_size, sampled)
     hooks = [Hook(config.log_every, log, before_checkpoint=True)]
     if config.sample_every:
         watch = Watch(config, held_out, mesh, log, sampled, held_out_loss)
         hooks.append(Hook(config.sample_every, watch))
     step = make_train_step(players)
-    begun = state
+    begun, known = state, dict(constants or {})
 
     def place(batch):
         batch = parallel.shard_batch(batch, mesh)
         if log.flops is None:
-            log.flops = step.flops(begun, batch)
+            log.flops = step.flops(begun, batch, known)
         return batch
 
     profiled = None
@@ -409,6 +425,7 @@ def train(
             checkpoint_every=config.checkpoint_every,
             config=to_json(config),
             place=place,
+            constants=known,
         )
     finally:
         log.close()

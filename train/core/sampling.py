@@ -14,6 +14,8 @@ from jaxtyping import Array
 import jaxdiff
 from jaxdiff import finetuning, guidance, parallel, solvers
 from jaxdiff.denoiser import Denoiser
+from jaxdiff.distillation import told_scale
+from jaxdiff.flow_map import FlowMap
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.training import Run, load_run
 from train.core.config import EvaluationConfig, RunConfig, SamplingConfig, SolverName, TimesName
@@ -31,7 +33,10 @@ SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
     "deis": (solvers.DEIS, {}),
     "sa_solver": (solvers.SASolver, {"predictor_order": 2, "corrector_order": 2}),
     "seeds": (solvers.SEEDS, {}),
+    "flow_map": (solvers.FlowMapSteps, {}),
 }
+# The same, by the names that settings have for them.
+RENAMED = {"s_churn": "churn", "gamma": "eta"}
 
 
 def build_solver(settings: SamplingConfig) -> Any:
@@ -41,12 +46,15 @@ def build_solver(settings: SamplingConfig) -> Any:
         ValueError: for an option that the solver does not have.
     """
     kind, options = SOLVERS[settings.solver]
-    given = {"order": settings.order, "eta": settings.eta, "s_churn": settings.churn}
-    options = options | {name: value for name, value in given.items() if value is not None}
-    known = {f.name for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(options) - known):
-        name = {"s_churn": "churn"}.get(unknown[0], unknown[0])
-        raise ValueError(f"`{name}` is no option of the solver {settings.solver!r}. Leave it out.")
+    known = {RENAMED.get(f.name, f.name): f.name for f in dataclasses.fields(kind)}
+    for name in ("order", "eta", "churn"):
+        value = getattr(settings, name)
+        if value is not None and name not in known:
+            raise ValueError(
+                f"`{name}` is no option of the solver {settings.solver!r}. Leave it out."
+            )
+        if value is not None:
+            options = {**options, known[name]: value}
     return kind(**options)
 
 
@@ -64,25 +72,54 @@ def check_sampling(settings: SamplingConfig) -> None:
             f"`sampling_steps` must be at least the order of {settings.solver!r}, {order}, got "
             f"{settings.sampling_steps}."
         )
+    if settings.start is not None and (settings.times is not None or not settings.start > 0):
+        raise ValueError(
+            "`start` must be a time above 0, and left out with a grid of `times`, got "
+            f"{settings.start} and {settings.times}."
+        )
 
 
 def build_times(settings: SamplingConfig, process: GaussianProcess) -> Any:
     """The grid of the settings, or the number of its steps."""
+    if settings.start is not None:
+        return jnp.linspace(settings.start, 0, settings.sampling_steps + 1)
     if settings.times is None:
         return settings.sampling_steps
     return getattr(solvers, f"{settings.times}_times")(process, settings.sampling_steps)
 
 
 def guided(
-    denoiser: Denoiser, data: Source | DataInfo, scale: float, *, straight_through: bool = False
-) -> Denoiser:
-    """The denoiser one samples from: guided, and clipped last to the range of what are pixels."""
+    denoiser: Denoiser | FlowMap,
+    data: Source | DataInfo,
+    scale: float,
+    *,
+    straight_through: bool = False,
+) -> Any:
+    """What one samples from: guided, and clipped last to the range of what are pixels.
+
+    A student is as it is: it is told the scale, or learned it from its teacher.
+    """
     info = data if isinstance(data, DataInfo) else DataInfo.of(data)
+    if is_told(denoiser):
+        scale = 1.0
+    if isinstance(denoiser, FlowMap):
+        if info.null_cond is not None and scale != 1:
+            raise ValueError(
+                "`guidance_scale` must be 1 for a map between two times, which has its teacher's, "
+                f"got {scale}."
+            )
+        return denoiser
     if info.null_cond is not None and scale != 1:
         denoiser = guidance.ClassifierFree(denoiser, info.null_cond, scale)
     if not info.pixels:
         return denoiser
     return jaxdiff.Clipped(denoiser, straight_through=straight_through)
+
+
+def is_told(model: Any) -> bool:
+    """Whether a student's network takes the scale of guidance as an entry of its condition."""
+    arguments = dict(getattr(getattr(model, "network", None), "arguments", ()))
+    return "scale" in arguments.get("scalars", ())
 
 
 def requested(source: Source, info: DataInfo, count: int) -> Any:
@@ -106,6 +143,8 @@ def draw(settings: SamplingConfig, denoiser: Denoiser, info: DataInfo, mesh, key
     # As many on every device; what is too many is left out, and changes no other sample.
     drawn = -(-count // mesh.size) * mesh.size
     cond = jax.tree.map(lambda rows: jnp.resize(rows, (drawn, *rows.shape[1:])), cond)
+    if is_told(denoiser):
+        cond = told_scale(cond, jnp.full(drawn, settings.guidance_scale))
     begun = time.perf_counter()
     out = jaxdiff.sample(
         key,
@@ -134,6 +173,7 @@ class SamplingOptions:
         solver: name of the solver.
         sampling_steps: its steps.
         times: the grid of steps.
+        start: the time that sampling begins at, of steps uniform in time.
         order: of the solver.
         eta: noise that the solver adds.
         churn: noise that "heun" adds, over all steps.
@@ -148,6 +188,7 @@ class SamplingOptions:
     solver: SolverName | None = None
     sampling_steps: int | None = None
     times: TimesName | None = None
+    start: float | None = None
     order: int | None = None
     eta: float | None = None
     churn: float | None = None

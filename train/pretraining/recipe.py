@@ -21,6 +21,8 @@ class Config(RunConfig):
         weighting: of the loss; "uniform" weights the prediction's own error by 1.
         time_law: law of the training time.
         sigma_data: standard deviation of the data, for EDM's preconditioning.
+        time_factor: what times in [0, 1] are multiplied by for the network; what is to be
+            differentiated by time, such as a mean flow, wants a small one, 10 say.
         label_dropout: probability of training without the label.
     """
 
@@ -29,12 +31,13 @@ class Config(RunConfig):
     weighting: Literal["uniform", "min_snr", "truncated_snr", "p2", "sigmoid", "elbo"] = "uniform"
     time_law: Literal["uniform", "log_normal", "logit_normal"] = "uniform"
     sigma_data: float = 0.5
+    time_factor: float = 1000.0
     label_dropout: float = 0.1
 
     def check(self) -> None:
         """Refuse numbers that make no run, before any work."""
         super().check()
-        self.check_positive("sigma_data")
+        self.check_positive("sigma_data", "time_factor")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"`label_dropout` must lie in [0, 1), got {self.label_dropout}.")
 
@@ -138,7 +141,8 @@ def build_denoiser(config: Config, info: DataInfo) -> NetworkDenoiser:
     # Noise levels that grow without bound need inputs of unit variance.
     unbounded = config.process in ("ve", "edm")
     scaled = unbounded or config.prediction == "f"
-    label = LogNoiseLabel(config.sigma_data, factor=250.0) if scaled else TimeLabel()
+    factor = config.time_factor
+    label = LogNoiseLabel(config.sigma_data, factor / 4) if scaled else TimeLabel(factor)
     network = build_network(config.network, info, config.seed)
     return NetworkDenoiser(network, process, build_prediction(config), label)
 
