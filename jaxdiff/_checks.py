@@ -126,12 +126,12 @@ def check_kind(argument: str, value: Any, kind: type, example: str) -> None:
 
 
 def check_same_process(argument: str, process: Any, expected: Any) -> None:
-    """Reject another process than a denoiser's: of another kind, or of other numbers if known.
+    """Reject another process than a model's: of another kind, or of other numbers if known.
 
     Args:
         argument: what an error calls whose process it is.
         process: the process.
-        expected: that of the denoiser beside it.
+        expected: that of the model beside it.
 
     Raises:
         ValueError: for another one.
@@ -143,7 +143,7 @@ def check_same_process(argument: str, process: Any, expected: Any) -> None:
     kinds: Any = [jax.tree.structure(one) for one in (process, expected)]
     if kinds[0] != kinds[1] or not all(same):
         raise ValueError(
-            f"`{argument}` must be of the process of `base`, {expected!r:.100}, got "
+            f"`{argument}` must be of the process of the model beside it, {expected!r:.100}, got "
             f"{process!r:.100}. Give both one process: x_t and t mean another thing there."
         )
 

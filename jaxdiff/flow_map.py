@@ -33,6 +33,11 @@ class FlowMap(eqx.Module):
         """Network evaluations that one call costs."""
         return 1
 
+    @property
+    def one_step(self) -> bool:
+        """Whether it starts from the first time of sampling alone: solvers then make one step."""
+        return False
+
     def check_cond(self, cond: PyTree) -> None:
         """Reject conditions, of a batch or one example, whose values are known to be wrong.
 

@@ -86,6 +86,15 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def count_programs(caplog):
+    """Counts what was compiled since the test began, by the function's name."""
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        yield lambda name: sum(
+            f"Compiling jit({name})" in record.getMessage() for record in caplog.records
+        )
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Compiled programs hold memory maps, of which Linux gives a process 65530 at most."""

@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff import parallel
-from train.core import runner
-from train.core.comparison import held_out_metrics
+from jaxdiff.denoiser import Denoiser
+from train.core import measure, runner
 from train.core.config import (
     EvaluationConfig,
     LaunchConfig,
@@ -25,12 +25,12 @@ from train.core.config import (
     RunConfig,
     SamplingConfig,
     load_config,
+    save_config,
 )
 from train.core.data import DataInfo, build_sources
 from train.core.sampling import load_model
 from train.distilling.pairs import pairs_of
-from train.distilling.recipe import METHODS, Config, DistillConfig, Parts
-from train.finetuning import measure
+from train.distilling.recipe import METHODS, Config, DistillConfig, Parts, start_of
 
 # What a student learns for, by data: steps, batch size, rate.
 PRESETS = {
@@ -106,8 +106,9 @@ def configured(options: Options) -> Config:
         data = dataclasses.replace(data, path=options.data_path)
     names = [f.name for f in dataclasses.fields(DistillConfig)]
     chosen = DistillConfig(**{name: getattr(options, name) for name in names})
-    steps, batch_size, rate = preset_of(data.name)
-    steps = options.steps or steps
+    preset = dict(zip(("steps", "batch_size", "learning_rate"), preset_of(data.name), strict=True))
+    given = {name: getattr(options, name) for name in preset}
+    sizes = {**preset, **{name: value for name, value in given.items() if value is not None}}
     kept = ("grad_clip", "ema_decay", "sample_every", "checkpoint_every", "mesh", "launch")
     config = Config(
         base=options.base,
@@ -115,21 +116,19 @@ def configured(options: Options) -> Config:
         data=data,
         network=there.network,
         distill=chosen,
-        steps=steps,
-        batch_size=options.batch_size or batch_size,
-        learning_rate=options.learning_rate or rate,
-        warmup_steps=min(100, steps - 1),
+        warmup_steps=max(min(100, sizes["steps"] - 1), 0),
         seed=there.seed if options.seed is None else options.seed,
         log_every=20,
+        **sizes,
         **{name: getattr(options, name) for name in kept},
     )
+    config.check()
     return dataclasses.replace(config, evaluation=evaluation_of(config, there, options))
 
 
 def evaluation_of(config: Config, there: RunConfig, options: Options) -> EvaluationConfig:
     """How the student is sampled at the end, and by `train.sample`: one evaluation."""
-    teacher = load_model(there).model
-    sampling = sampling_of(config, 1, Parts(config, teacher, None).start)
+    sampling = sampling_of(config, 1, load_model(there).model)
     given = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(SamplingConfig)}
     base = there.evaluation
     return dataclasses.replace(
@@ -140,13 +139,13 @@ def evaluation_of(config: Config, there: RunConfig, options: Options) -> Evaluat
     )
 
 
-def sampling_of(config: Config, steps: int, start: float) -> SamplingConfig:
-    """The student at so many evaluations; generators begin at `start`."""
+def sampling_of(config: Config, steps: int, base: Denoiser) -> SamplingConfig:
+    """The student of a base at so many evaluations."""
     method = config.method
     scale = config.scales[0] if config.scales else 1.0
     if method.kind == "denoiser":
         return SamplingConfig(scale, "ddim", steps, batch_size=500)
-    begin = start if method.starts else None
+    begin = start_of(base) if method.starts else None
     return SamplingConfig(scale, "flow_map", steps, start=begin, eta=method.gamma, batch_size=500)
 
 
@@ -160,6 +159,9 @@ def distil(config: Config):
     players, teacher = method.build(parts), method.teacher(parts)
     seen = source
     if method.pairs:
+        # They are of these settings: others are refused from here on.
+        if parallel.is_first():
+            save_config(config)
         seen = pairs_of(
             teacher, source, Path(config.run_dir) / "pairs.npz", config.distill.pairs, config.seed
         )
@@ -178,13 +180,12 @@ def distil(config: Config):
 def rows_of(config: Config, student, base, full_steps: int) -> list[measure.Row]:
     """The student at few evaluations, its teacher's samplers at as many, and at many."""
     scale, size = config.distill.guidance_scale, config.evaluation.batch_size
-    start = Parts(config, base, None).start
 
     def of(solver, steps):
         return SamplingConfig(scale, solver, steps, batch_size=size)
 
     rows = [
-        measure.Row(f"{config.distill.method}, {n}", student, sampling_of(config, n, start))
+        measure.Row(f"{config.distill.method}, {n}", student, sampling_of(config, n, base))
         for n in config.method.evaluations
     ]
     for n in EVALUATIONS:
@@ -199,21 +200,9 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     runner.launch(config)
     student, base, source, held_out, mesh = distil(config)
     rows = rows_of(config, student, base, options.full_steps)
-    chosen = held_out_metrics(config, source, mesh)
-    run_dir = Path(config.run_dir)
-    found = measure.compare(
-        rows, config, source, held_out, mesh, count=options.num_samples, chosen=chosen,
-        folder=run_dir / "comparison",
-    )  # fmt: skip
-    if parallel.is_first():
-        measure.save(found, run_dir / "comparison.json")
-        share = measure.gap_closed(found[rows[0].name], found["ddim, 1"], found[rows[-1].name])
-        if share is None:
-            said = f"{rows[-1].name} is no nearer to the data than ddim, 1: no gap to close."
-        else:
-            said = f"One evaluation is {share:.0%} of the way from ddim, 1 to {rows[-1].name}."
-        print(f"\n{measure.table(found)}\n\n{said}")
-    return found
+    return measure.report(
+        rows, config, source, held_out, mesh, count=options.num_samples, before="ddim, 1"
+    )
 
 
 def cli(args: list[str] | None = None) -> int:

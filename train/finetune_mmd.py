@@ -16,9 +16,8 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdiff import finetuning, parallel
-from train.core import runner
+from train.core import measure, runner
 from train.core.classifiers import load_classifier
-from train.core.comparison import held_out_metrics
 from train.core.config import (
     LaunchConfig,
     MeshConfig,
@@ -29,7 +28,7 @@ from train.core.config import (
 )
 from train.core.data import DataInfo, build_sources
 from train.core.evaluation import classifiable, features_by
-from train.finetuning import measure, recipe
+from train.finetuning import recipe
 from train.finetuning.recipe import Config, MMDConfig
 
 
@@ -169,22 +168,9 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     runner.launch(config)
     model, base, source, held_out, mesh = tune(config)
     rows = rows_of(config, model, base, options.full_steps)
-    chosen = held_out_metrics(config, source, mesh)
-    run_dir = Path(config.run_dir)
-    found = measure.compare(
-        rows, config, source, held_out, mesh, count=options.num_samples, chosen=chosen,
-        folder=run_dir / "comparison",
-    )  # fmt: skip
-    if parallel.is_first():
-        measure.save(found, run_dir / "comparison.json")
-        names = [row.name for row in rows]
-        share = measure.gap_closed(found[names[0]], found[names[1]], found[names[-1]])
-        if share is None:
-            said = f"{names[-1]} is no nearer to the data than {names[1]}: no gap to close."
-        else:
-            said = f"{share:.0%} of the way to {names[-1]}."
-        print(f"\n{measure.table(found)}\n\n{said}")
-    return found
+    return measure.report(
+        rows, config, source, held_out, mesh, count=options.num_samples, before=rows[1].name
+    )
 
 
 def cli(args: list[str] | None = None) -> int:

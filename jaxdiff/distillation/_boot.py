@@ -9,8 +9,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
-from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.distillation._grids import Curriculum, FixedSteps, cell
+from jaxdiff.distillation._jump import OfDenoiser
 from jaxdiff.distillation._shared import (
     draw_scale,
     guided_or_told,
@@ -18,15 +18,13 @@ from jaxdiff.distillation._shared import (
     teacher_of,
     told_scale,
 )
-from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime, Weighting, stratified_uniform
 from jaxdiff.losses import Uniform as UniformWeighting
 from jaxdiff.losses._batch import check_batch, wide
 from jaxdiff.predictions import X0
-from jaxdiff.processes import GaussianProcess
 
 
-class SignalMap(FlowMap):
+class SignalMap(OfDenoiser):
     """x_s = alpha_s g(x_T, s) + sigma_s x_T / sigma_T: what becomes of a start x_T, in one call.
 
     g is a denoiser's network that is given the start in place of a noisy example, and the time that
@@ -40,29 +38,10 @@ class SignalMap(FlowMap):
             is as tame for a start as for a noisy example.
     """
 
-    base: Denoiser
-
-    def __check_init__(self):
-        check_denoiser(self.base, "base")
-
     @property
-    def process(self) -> GaussianProcess:
-        """The denoiser's."""
-        return self.base.process
-
-    @property
-    def evaluations(self) -> Array | int:
-        """The denoiser's."""
-        return self.base.evaluations
-
-    @property
-    def network(self) -> PyTree:
-        """The denoiser's network: what learns."""
-        return self.base.network  # type: ignore[attr-defined]
-
-    def check_cond(self, cond: PyTree) -> None:
-        """See `FlowMap`."""
-        self.base.check_cond(cond)
+    def one_step(self) -> bool:
+        """True: it knows no state but the start."""
+        return True
 
     def signal(
         self, x: Array, s: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None

@@ -13,7 +13,7 @@ from jaxdiff.distillation._jump import check_clean
 from jaxdiff.distillation._learned_weight import Weighted
 from jaxdiff.distillation._shared import (
     at_scale,
-    draw_scale,
+    noised,
     scale_range,
     teacher_of,
     told_scale,
@@ -147,11 +147,8 @@ class ContinuousConsistency(eqx.Module):
         ratio = jnp.minimum((step + 1e-6) / (self.warmup + 1e-6), 1.0)
 
         def one(key, u, x0, cond):
-            noise_key, scale_key, own = jax.random.split(key, 3)
             t = self.time_law.quantile(process, u)
-            eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-            x = process.marginal(x0, eps, t).astype(x0.dtype)
-            scale = draw_scale(scale_key, self.scales)
+            eps, x, scale, own = noised(process, key, x0, t, self.scales)
             if teacher is None:
                 velocity = jnp.cos(t) * process.sigma_data * eps - jnp.sin(t) * x0
             else:

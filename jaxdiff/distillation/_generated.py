@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_kind, check_number
+from jaxdiff._checks import check_kind, check_number, check_same_process
 from jaxdiff._tree import Number, as_number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.distillation._shared import (
     check_flow_map,
-    check_same_process,
     draw_scale,
     scale_range,
     still,
@@ -166,7 +165,7 @@ def generator_of(frozen: Any, model: Any, name: str = "generator") -> FlowMap:
         )
     check_flow_map(frozen[name], name)
     if model is not None:
-        check_same_process(model, frozen[name], name)
+        check_same_process(name, frozen[name].process, model.process)
     return still(frozen[name])
 
 

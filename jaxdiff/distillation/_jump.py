@@ -32,31 +32,17 @@ def ddim_jump(process: GaussianProcess, x: Array, x0: Array, t: Array, s: Array)
     return (ratio * x + (process.alpha(s) - ratio * process.alpha(t)) * x0).astype(x.dtype)
 
 
-class Jump(FlowMap):
-    """x_s = alpha_s D + sigma_s (x - alpha_t D) / sigma_t, with a denoiser D that learns to jump.
+class OfDenoiser(FlowMap):
+    """Base of the maps that a denoiser's network learns to be.
 
-    One step of DDIM, which a student makes exact over any length. With D the teacher it is the
-    start of every distillation. At s = t it is the identity, whatever D: the boundary condition of
-    consistency models, of trajectory models and of mean velocities, without a parameterisation of
-    their own. With `until` D is told where to, a scalar entry of its condition: for maps between
-    any two times; without it D looks at x and t alone, for maps to one end, or along one grid.
-
-    For rectified flows D = x - t u with the mean velocity u; a network of `Velocity` predicts u.
-
-    Args:
-        base: the denoiser; guidance of one may be the start, as a student it is a network's.
-        until: name of the entry, a scalar of `networks.UNet(scalars=...)`; None for none.
-        factor: its value is the time s times this. Networks hear little of differences far below 1;
-            losses that differentiate by s want a factor of order 1.
+    Attributes:
+        base: the denoiser.
     """
 
     base: Denoiser
-    until: str | None = eqx.field(static=True, default=None)
-    factor: Number = number(1.0)
 
     def __check_init__(self):
         check_denoiser(self.base, "base")
-        check_number("factor", self.factor)
 
     @property
     def process(self) -> GaussianProcess:
@@ -74,9 +60,33 @@ class Jump(FlowMap):
         return self.base.network  # type: ignore[attr-defined]
 
     def check_cond(self, cond: PyTree) -> None:
-        """See `FlowMap`."""
-        if self.until is None:
-            self.base.check_cond(cond)
+        """See `FlowMap`: what the denoiser checks."""
+        self.base.check_cond(cond)
+
+
+class Jump(OfDenoiser):
+    """x_s = alpha_s D + sigma_s (x - alpha_t D) / sigma_t, with a denoiser D that learns to jump.
+
+    One step of DDIM, which a student makes exact over any length. With D the teacher it is the
+    start of every distillation. At s = t it is the identity, whatever D: the boundary condition of
+    consistency models, of trajectory models and of mean velocities, without a parameterisation of
+    their own. With `until` D is told where to, a scalar entry of its condition: for maps between
+    any two times; without it D looks at x and t alone, for maps to one end, or along one grid.
+
+    For rectified flows D = x - t u with the mean velocity u; a network of `Velocity` predicts u.
+
+    Args:
+        base: the denoiser; guidance of one may be the start, as a student it is a network's.
+        until: name of the entry, a scalar of `networks.UNet(scalars=...)`; None for none.
+        factor: its value is the time s times this. Networks hear little of differences far below 1;
+            losses that differentiate by s want a factor of order 1.
+    """
+
+    until: str | None = eqx.field(static=True, default=None)
+    factor: Number = number(1.0)
+
+    def __check_init__(self):
+        check_number("factor", self.factor)
 
     def clean(
         self,

@@ -69,6 +69,20 @@ class Weighted(FlowMap):
         """What learns: the student's network, and the weight."""
         return self.model.network, self.weight  # type: ignore[attr-defined]
 
+    @property
+    def evaluations(self) -> Array | int:
+        """The student's."""
+        return self.model.evaluations
+
+    @property
+    def one_step(self) -> bool:
+        """The student's."""
+        return self.model.one_step
+
+    def check_cond(self, cond: PyTree) -> None:
+        """See `FlowMap`: what the student checks."""
+        self.model.check_cond(cond)
+
     def __call__(
         self,
         x: Array,

@@ -14,7 +14,7 @@ from jaxdiff.denoiser import Denoiser
 from jaxdiff.distillation._jump import check_told
 from jaxdiff.distillation._shared import (
     at_scale,
-    draw_scale,
+    noised,
     scale_range,
     still,
     teacher_of,
@@ -230,11 +230,8 @@ class MeanFlow(eqx.Module):
         s = jnp.where(levels[2] < self.same, t, times.min(0))
 
         def one(i, x0, cond, t, s):
-            keys = jax.random.split(jax.random.fold_in(example_key, i), 4)
-            noise_key, drop_key, scale_key, own = keys
-            eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-            x = process.marginal(x0, eps, t).astype(x0.dtype)
-            scale = draw_scale(scale_key, self.scales)
+            draw_key, drop_key = jax.random.split(jax.random.fold_in(example_key, i))
+            eps, x, scale, own = noised(process, draw_key, x0, t, self.scales)
             v, told = eps - x0, told_scale(cond, scale)
             if teacher is not None:
                 v = _velocity(at_scale(teacher, scale), x, t, cond)

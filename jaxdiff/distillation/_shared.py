@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jaxdiff._checks import check_number
+from jaxdiff._checks import check_number, check_same_process
 from jaxdiff._tree import Number, as_number, number
 from jaxdiff.conditions import as_entries, from_entries
 from jaxdiff.denoiser import Denoiser, check_denoiser
@@ -115,21 +115,8 @@ def teacher_of(frozen: Any, student: Any = None, name: str = "teacher") -> Denoi
     teacher = frozen[name]
     check_denoiser(teacher, name)
     if student is not None:
-        check_same_process(student, teacher, name)
+        check_same_process(name, teacher.process, student.process)
     return still(teacher)
-
-
-def check_same_process(student: Any, teacher: Any, name: str = "teacher") -> None:
-    """Reject two models of processes of different kinds.
-
-    Raises:
-        ValueError: naming both.
-    """
-    ours, theirs = (type(model.process).__name__ for model in (student, teacher))
-    if ours != theirs:
-        raise ValueError(
-            f"The {name} must be of the student's process, {ours}, got one of {theirs}."
-        )
 
 
 def target_of(frozen: Any, name: str | None, model: PyTree) -> PyTree:

@@ -13,7 +13,7 @@ from jaxdiff._tree import Number, number
 from jaxdiff.conditions import null_where
 from jaxdiff.distillation._jump import check_told, ddim_jump
 from jaxdiff.distillation._mean_flow import mean_velocity, straightened
-from jaxdiff.distillation._shared import target_of, teacher_of
+from jaxdiff.distillation._shared import noised, target_of, teacher_of
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime, stratified_uniform
 from jaxdiff.losses._batch import check_batch, drop_cond, wide
@@ -160,12 +160,12 @@ class Shortcut(eqx.Module):
         nodes = jnp.stack([start, start - 0.5, start - 1]) * length / self.steps
         times = self.grid.quantile(process, nodes).T
 
-        def noised(i, x0, t):
-            noise_key, drop_key, own = jax.random.split(jax.random.fold_in(example_key, i), 3)
-            eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-            return process.marginal(x0, eps, t).astype(x0.dtype), eps - x0, drop_key, own
+        def one(i, x0, t):
+            draw_key, drop_key = jax.random.split(jax.random.fold_in(example_key, i))
+            eps, x, _, own = noised(process, draw_key, x0, t, None)
+            return x, eps - x0, drop_key, own
 
-        x, v, drop_keys, keys = jax.vmap(noised)(jnp.arange(count), x0, times[:, 0])
+        x, v, drop_keys, keys = jax.vmap(one)(jnp.arange(count), x0, times[:, 0])
 
         def bootstrapped(x, times, level, cond, key):
             return self.goal(target, x, times, cond, single=level == 1, key=key)

@@ -23,7 +23,7 @@ from jaxdiff.distillation._jump import check_told
 from jaxdiff.distillation._shared import (
     Distance,
     PseudoHuber,
-    draw_scale,
+    noised,
     scale_range,
     still,
     teacher_of,
@@ -197,11 +197,9 @@ class SingleTrajectory(eqx.Module):
         longest = jnp.ceil(self.reach * first)
 
         def one(i, x0, cond, row):
-            keys = jax.random.split(jax.random.fold_in(key, i), 5)
-            take_key, noise_key, scale_key, jump_key, own = keys
-            eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-            x = process.marginal(x0, eps, self.time(process, first)).astype(x0.dtype)
-            scale = draw_scale(scale_key, self.scales)
+            take_key, draw_key, jump_key = jax.random.split(jax.random.fold_in(key, i), 3)
+            begun = self.time(process, first)
+            eps, x, scale, own = noised(process, draw_key, x0, begun, self.scales)
             scale = jnp.zeros((), row.scale.dtype) if scale is None else scale
             start = TrajectoryBank(
                 x, first.astype(row.index.dtype), cond, scale.astype(row.scale.dtype)

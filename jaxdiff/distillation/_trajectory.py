@@ -24,6 +24,7 @@ from jaxdiff.distillation._shared import (
     Distance,
     Squared,
     draw_scale,
+    noised,
     scale_range,
     still,
     target_of,
@@ -138,10 +139,7 @@ class ConsistencyTrajectory(eqx.Module):
         s = self.time(model, jnp.floor(v * (n - cells + 1)))
 
         def one(i, x0, t):
-            noise_key, scale_key, own = jax.random.split(jax.random.fold_in(example_key, i), 3)
-            eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-            x = process.marginal(x0, eps, t).astype(x0.dtype)
-            return eps, x, draw_scale(scale_key, self.scales), own
+            return noised(process, jax.random.fold_in(example_key, i), x0, t, self.scales)
 
         eps, x, scale, keys = jax.vmap(one)(jnp.arange(len(x0)), x0, t)
         return Pairs(x0, eps, x, t, s, batch.get("cond"), scale, keys), n, cells

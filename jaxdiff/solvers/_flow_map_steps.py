@@ -34,7 +34,7 @@ class FlowMapSteps(DiffusionSolver):
         gamma: None, or a number in [0, 1].
 
     Raises:
-        ValueError: for gamma outside [0, 1].
+        ValueError: for gamma outside [0, 1]; when used, for several steps of a map that makes one.
 
     Reference: Song, Dhariwal, Chen, Sutskever, "Consistency Models", 2023, arXiv 2303.01469,
     algorithm 1; Kim, Lai, Liao, Murata, Takida, Uesaka, He, Mitsufuji, Ermon, "Consistency
@@ -60,6 +60,12 @@ class FlowMapSteps(DiffusionSolver):
     def plan(self, problem: Problem) -> Array:
         """Where the map jumps to."""
         process, s = problem.process, problem.times[1:]
+        if problem.denoiser.one_step and len(s) > 1:
+            name = type(problem.denoiser).__name__
+            raise ValueError(
+                f"`times` must be one step for {name}, which starts from noise, got {len(s)}. "
+                "Pass times=1."
+            )
         if self.gamma is None:
             return s
         level = root(1 - self.gamma**2) * process.sigma(s) / process.alpha(s)

@@ -154,13 +154,19 @@ def test_a_told_student_of_a_guided_teacher(x64):
     np.testing.assert_allclose(jit(loss)(model, KEY, batch, {"teacher": Told()})[0], value)
 
 
+def test_a_map_from_the_start_makes_one_step():
+    model = distillation.SignalMap(gaussian())
+    with pytest.raises(ValueError, match="`times` must be one step for SignalMap.*got 2"):
+        jaxdiff.sample(KEY, model, (1,), 2, solver=solvers.FlowMapSteps(), times=2)
+
+
 def test_wrong_arguments():
     batch, teacher = {"x": jnp.ones((2, 1))}, gaussian()
     loss = distillation.BOOT()
     for model in (teacher, distillation.Jump(teacher)):
         with pytest.raises(TypeError, match="`model` must be a map of starts.*SignalMap"):
             loss(model, KEY, batch, {"teacher": teacher})
-    with pytest.raises(ValueError, match="of the student's process, Cosine, got one of EDM"):
+    with pytest.raises(ValueError, match="`teacher` must be of the process .* Cosine.*got EDM"):
         loss(distillation.SignalMap(teacher), KEY, batch, {"teacher": gaussian(processes.EDM())})
     with pytest.raises(TypeError, match="`base` must be a denoiser"):
         distillation.SignalMap(distillation.Jump(teacher))

@@ -172,7 +172,7 @@ def test_wrong_arguments(x64):
     with pytest.raises(TypeError, match="`generator` must be a map from one time to another"):
         loss(fake, KEY, batch, {"generator": fake})
     other = law(Affine, processes.Cosine(), 0.0, 1.0)
-    with pytest.raises(ValueError, match="process, EDM, got one of Cosine"):
+    with pytest.raises(ValueError, match=r"beside it, EDM\(\), got Cosine"):
         loss(fake, KEY, batch, {"generator": other})
     with pytest.raises(TypeError, match="`denoising` must be a DenoisingLoss"):
         distillation.FakeScoreLoss(3.0)

@@ -77,13 +77,12 @@ def test_of_many_steps_the_teacher_itself(x64):
     np.testing.assert_allclose(np.log2(found[:-1] / found[1:]), 1, atol=0.05)
 
 
-def test_three_rounds_end_in_the_map_of_the_first_grid(x64):
+def test_three_rounds_end_in_the_map_of_the_first_grid(x64, count_programs):
     """Rounds share one program; the last student is one step, and makes eight of the teacher."""
     teacher = first = gaussian(mean=0.3)
     student = DenoiserTable.start(COSINE, jnp.arange(1, 5) / 4)
     optimizer = optax.sgd(0.2)
     batch = {"x": 0.3 + STD * jax.random.normal(KEY, (64, 1))}
-    training._run.clear_cache()
     state = None
     for steps in distillation.rounds(4):
         loss = distillation.ProgressiveDistillation(steps)
@@ -97,7 +96,7 @@ def test_three_rounds_end_in_the_map_of_the_first_grid(x64):
             state, metrics = step(state, batch, {"teacher": teacher})
         assert metrics["loss"] < 1e-16
         teacher = student = state.players["student"].model
-    assert training._run._cache_size() == 2  # of two kinds of teacher
+    assert count_programs("_run") == 2  # of two kinds of teacher
     start = jnp.asarray([[-1.0], [0.0], [2.0]])
     made = ddim(student, start, loss.times(COSINE))
     expected = ddim(first, start, loss.times(COSINE, 8))

@@ -9,8 +9,10 @@ import chex
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxdiff.denoiser import Denoiser
+from jaxdiff import networks, processes
+from jaxdiff.denoiser import Denoiser, NetworkDenoiser
 from jaxdiff.distillation import Jump
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.training import (
@@ -100,7 +102,7 @@ def test_every_method_makes_players_of_a_run(digits, method):
     players, teacher = chosen.build(parts), chosen.teacher(parts)
     assert isinstance(players[chosen.sampled].model, Denoiser | FlowMap)
     if config.scales:
-        assert sampling.is_told(players[chosen.sampled].model) and chosen.told
+        assert sampling.is_told(players[chosen.sampled].model, parts.info) and chosen.told
     batch = source[np.arange(16)]
     if chosen.pairs:
         batch = {**batch, "noise": np.zeros_like(batch["x"])}
@@ -113,14 +115,14 @@ def test_every_method_makes_players_of_a_run(digits, method):
 def test_methods_of_every_kind_run_and_go_on(toy, tmp_path, method):
     """A teacher that follows, pairs that are kept, and three players."""
     options = Options(
-        toy, run_dir=str(tmp_path), method=method, steps=4, pairs=32, checkpoint_every=2,
+        toy, run_dir=str(tmp_path), method=method, steps=6, pairs=32, checkpoint_every=3,
         **TINY | {"batch_size": 16, "num_samples": 32},
     )  # fmt: skip
     found = distill.main(options)
     values = [row["frechet"] for name, row in found.items() if name.startswith(method)]
     assert len(values) == len(METHODS[method].evaluations) and np.all(np.isfinite(values))
     whole = load_run(tmp_path).model.network
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
     kept = (tmp_path / "pairs.npz").stat().st_mtime_ns if method == "reflow" else None
     distill.distil(configured(options))
     chex.assert_trees_all_equal(load_run(tmp_path).model.network, whole)
@@ -150,11 +152,32 @@ def test_a_study_goes_on_and_says_what_was_found(toy, tmp_path, capsys):
         study.main(dataclasses.replace(plan, methods=("consistancy",)))
 
 
+def test_a_condition_of_the_data_is_not_a_scale_of_guidance():
+    network = networks.MLP(2, hidden=8, num_blocks=1, scalars=("scale",), rngs=nnx.Rngs(0))
+    student = NetworkDenoiser(network, processes.VP())
+    assert sampling.is_told(student, DataInfo((2,)))
+    assert not sampling.is_told(student, DataInfo((2,), cond={"scale": ()}))
+
+
+def test_pairs_of_other_settings_are_refused(toy, tmp_path):
+    """Also where nothing but pairs was made so far."""
+    options = Options(toy, run_dir=str(tmp_path), method="reflow", steps=2, pairs=32, **TINY)
+    config = configured(options)
+    save_config(config)
+    with pytest.raises(ValueError, match=r"distill\.pairs: 32 there, 64 here"):
+        distill.distil(configured(dataclasses.replace(options, pairs=64)))
+
+
 def test_what_cannot_be_distilled_is_refused_before_any_work(toy):
     for changes, said in (
         ({"scales": (1.0, 3.0), "method": "consistency-training"}, "`distill.scales` is for"),
         ({"scales": (3.0, 1.0)}, "`distill.scales` must be none or two in order"),
         ({"grid_steps": 0}, "`distill.grid_steps` must be at least 1"),
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"steps": 5, "method": "progressive"}, "`steps` must be at least 6, one a round, got 5"),
+        ({"guidance_scale": 2.0}, "guidance scale 2 needs data with conditions"),
+        ({"method": "esd"}, "`distill.method` esd with guidance scale 1 needs data with"),
+        ({"method": "continuous-consistency"}, "must be a run with --process cosine or trigflow"),
     ):
         with pytest.raises(ValueError, match=said):
             distill.main(Options(toy, run_dir="unused", **changes))

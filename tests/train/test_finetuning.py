@@ -10,12 +10,12 @@ from jaxdiff import data
 from jaxdiff.finetuning import load_adapter
 from jaxdiff.training import load_run
 from train import evaluate, finetune_mmd, pretrain, sample
-from train.core import lines
+from train.core import lines, measure
 from train.core.comparison import difference
 from train.core.config import EvaluationConfig, NetworkConfig
 from train.core.data import DataInfo
 from train.finetune_mmd import Options, configured
-from train.finetuning import measure, study
+from train.finetuning import study
 from train.pretraining.recipe import PRESETS, Config
 
 TINY = {"num_samples": 64, "full_steps": 4, "sample_every": 0, "batch_size": 32}
@@ -63,7 +63,11 @@ def test_a_tuned_sampler_is_nearer_to_the_data(toy, tmp_path, capsys):
     assert tuned["frechet"] < 0.75 * before["frechet"] and tuned["kid"] < before["kid"]
     printed = capsys.readouterr().out
     share = measure.gap_closed(tuned, before, found["ddim, 4"])
-    said = "is no nearer to the data" if share is None else f"{share:.0%} of the way to ddim, 4."
+    said = (
+        "is no nearer to the data"
+        if share is None
+        else f"is {share:.0%} of the way from ddim, 3 to ddim, 4."
+    )
     assert said in printed
     assert json.loads((run_dir / "comparison.json").read_text()) == found
     written = (run_dir / "comparison.md").read_text()

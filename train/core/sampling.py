@@ -100,7 +100,7 @@ def guided(
     A student is as it is: it is told the scale, or learned it from its teacher.
     """
     info = data if isinstance(data, DataInfo) else DataInfo.of(data)
-    if is_told(denoiser):
+    if is_told(denoiser, info):
         scale = 1.0
     if isinstance(denoiser, FlowMap):
         if info.null_cond is not None and scale != 1:
@@ -116,10 +116,13 @@ def guided(
     return jaxdiff.Clipped(denoiser, straight_through=straight_through)
 
 
-def is_told(model: Any) -> bool:
-    """Whether a student's network takes the scale of guidance as an entry of its condition."""
+def is_told(model: Any, info: DataInfo) -> bool:
+    """Whether a student's network takes the scale of guidance as an entry of its condition.
+
+    Data may have a condition of this name, which is theirs.
+    """
     arguments = dict(getattr(getattr(model, "network", None), "arguments", ()))
-    return "scale" in arguments.get("scalars", ())
+    return "scale" in arguments.get("scalars", ()) and "scale" not in info.cond
 
 
 def requested(source: Source, info: DataInfo, count: int) -> Any:
@@ -143,7 +146,7 @@ def draw(settings: SamplingConfig, denoiser: Denoiser, info: DataInfo, mesh, key
     # As many on every device; what is too many is left out, and changes no other sample.
     drawn = -(-count // mesh.size) * mesh.size
     cond = jax.tree.map(lambda rows: jnp.resize(rows, (drawn, *rows.shape[1:])), cond)
-    if is_told(denoiser):
+    if is_told(denoiser, info):
         cond = told_scale(cond, jnp.full(drawn, settings.guidance_scale))
     begun = time.perf_counter()
     out = jaxdiff.sample(

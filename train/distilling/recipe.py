@@ -102,6 +102,9 @@ class Config(RunConfig):
                 f"`distill.scales` is for {named}, whose students are told the scale; got "
                 f"{chosen.method!r}. Pass --guidance-scale for a teacher of one."
             )
+        least = len(distillation.rounds(*ROUNDS))
+        if chosen.method == "progressive" and self.steps < least:
+            raise ValueError(f"`steps` must be at least {least}, one a round, got {self.steps}.")
         if chosen.guidance_scale != 1 and not self.method.guided:
             raise ValueError(
                 f"`distill.guidance_scale` must be 1 for {chosen.method!r}, which has no guided "
@@ -122,6 +125,12 @@ class Parts:
     def __init__(self, config: Config, base: NetworkDenoiser, info: DataInfo):
         self.config, self.info, self.chosen = config, info, config.distill
         self.base = config.method.seen(base)
+        scale = self.chosen.guidance_scale
+        if info.null_cond is None and (config.method.conditions or config.scales or scale != 1):
+            raise ValueError(
+                f"`distill.method` {self.chosen.method} with guidance scale {scale:g} needs data "
+                "with conditions, and a model of them. Choose another method, or scale 1."
+            )
 
     @property
     def teacher(self) -> Denoiser:
@@ -129,17 +138,12 @@ class Parts:
         plain = dataclasses.replace(self.info, pixels=False)
         if self.scales is None:
             return guided(self.base, plain, self.chosen.guidance_scale)
-        if self.info.null_cond is None:
-            raise ValueError("`distill.scales` needs data with conditions, and a model of them.")
         return guidance.ClassifierFree(self.base, self.info.null_cond, self.scales[1])
 
     @property
     def unconditional(self) -> Denoiser:
         """The base without its condition."""
-        none = self.info.null_cond
-        if none is None:
-            raise ValueError("`distill.method` conditional needs data with conditions.")
-        return guidance.Conditioned(self.base, none)
+        return guidance.Conditioned(self.base, self.info.null_cond)
 
     @property
     def scales(self) -> tuple[float, float] | None:
@@ -153,9 +157,8 @@ class Parts:
 
     @property
     def start(self) -> float:
-        """The time at which generators begin, of noise level `START`."""
-        process = self.base.process
-        return float(process.time(-2 * jnp.log(jnp.float32(START))))
+        """The time at which generators begin."""
+        return start_of(self.base)
 
     def student(self, *told: str) -> NetworkDenoiser:
         """The teacher's network, which is told more."""
@@ -201,6 +204,11 @@ class Parts:
         start = loss.start
         player = self.player(self.jump(), loss, every=self.chosen.generator_every)
         return {"fake": self.fake(start), **others, "generator": player}
+
+
+def start_of(base: Denoiser) -> float:
+    """The time of noise level `START`."""
+    return float(base.process.time(-2 * jnp.log(jnp.float32(START))))
 
 
 def _same(base: NetworkDenoiser) -> NetworkDenoiser:
@@ -438,7 +446,10 @@ def _generator(paper: str, build: Callable[[Parts], dict[str, Player]], **option
 
 
 METHODS: dict[str, Method] = {
-    "progressive": Method("Salimans, Ho 2022", _progressive, kind="denoiser", guided=False),
+    # The last student of all is for one step.
+    "progressive": Method(
+        "Salimans, Ho 2022", _progressive, kind="denoiser", evaluations=(1,), guided=False
+    ),
     "guided": Method("Meng et al. 2022", _guided, kind="denoiser", told="always", conditions=True),
     "consistency": Method("Song et al. 2023", _consistency, told=True, seen=as_edm),
     "latent-consistency": Method(

@@ -18,13 +18,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from train.core import figures, lines, runner
+from train.core import figures, lines, measure, runner
 from train.core.comparison import difference, held_out_metrics, mean_of
 from train.core.config import MeshConfig, RunConfig, load_config
 from train.core.data import DataInfo, build_sources
 from train.distill import EVALUATIONS, Options, configured, distil, rows_of
 from train.distilling.recipe import METHODS, Config
-from train.finetuning import measure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from train.core import figures, lines, runner
+from train.core import figures, lines, measure, runner
 from train.core.comparison import TITLES, difference, held_out_metrics, mean_of
 from train.core.config import MeshConfig, RunConfig, SamplingConfig, load_config
 from train.core.data import build_sources
 from train.finetune_mmd import Options, configured, tune
-from train.finetuning import measure, recipe
+from train.finetuning import recipe
 
 STEPS = (2, 5, 10, 15, 20)
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")

@@ -1,4 +1,4 @@
-"""A tuned sampler beside those of its base: figures of features that were not trained on."""
+"""Samplers beside one another, of one noise: figures of features that were not trained on."""
 
 import dataclasses
 import time
@@ -13,7 +13,7 @@ from jaxdiff import parallel
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.training import write_json
 from train.core import figures
-from train.core.comparison import TITLES, difference, resampled_frechet
+from train.core.comparison import TITLES, difference, held_out_metrics, resampled_frechet
 from train.core.config import RunConfig, SamplingConfig
 from train.core.data import DataInfo, Source
 from train.core.evaluation import measure, picture, references
@@ -123,3 +123,45 @@ def save(found: Mapping[str, Any], path: Path) -> None:
     """As JSON, and beside it as a table."""
     write_json(path, found)
     figures.write_text(path.with_suffix(".md"), table(found) + "\n")
+
+
+def report(
+    rows: Sequence[Row],
+    config: RunConfig,
+    source: Source,
+    held_out: Source,
+    mesh,
+    *,
+    count: int,
+    before: str,
+) -> dict[str, dict[str, Any]]:
+    """Compare, keep comparison.json, .md and pictures in the run's directory, and print the table.
+
+    Args:
+        rows: what is compared; the first is the run's own, the last the one that it is to reach.
+        config: of the run.
+        source: the data trained on.
+        held_out: the data that samples are measured against.
+        mesh: the devices.
+        count: of samples.
+        before: the row from which the way is counted.
+
+    Returns:
+        As `compare`.
+    """
+    run_dir = Path(config.run_dir)
+    chosen = held_out_metrics(config, source, mesh)
+    found = compare(
+        rows, config, source, held_out, mesh, count=count, chosen=chosen,
+        folder=run_dir / "comparison",
+    )  # fmt: skip
+    if parallel.is_first():
+        save(found, run_dir / "comparison.json")
+        first, last = rows[0].name, rows[-1].name
+        share = gap_closed(found[first], found[before], found[last])
+        if share is None:
+            said = f"{last} is no nearer to the data than {before}: no gap to close."
+        else:
+            said = f"{first} is {share:.0%} of the way from {before} to {last}."
+        print(f"\n{table(found)}\n\n{said}")
+    return found
