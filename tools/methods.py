@@ -33,6 +33,7 @@ KINDS = {
     "losses": "loss",
     "finetuning": "fine-tuning",
     "distillation": "distillation",
+    "unlearning": "unlearning",
     "training": "training",
     "metrics": "metric",
 }

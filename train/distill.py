@@ -3,6 +3,9 @@
     python -m train.distill runs/digits --method consistency
     python -m train.distill runs/mnist --method dmd2 --steps 2000 --run-dir runs/mnist-dmd2
 
+    python -m train.distill runs/digits --method guided --scales 1 3
+    python -m train.distill runs/digits/distill/guided --method progressive --scales 1 3
+
 writes a run directory of its own, which `train.sample` and `train.evaluate` take, and with which
 the same command goes on; `comparison.md` in it has the student at one, two and four evaluations
 beside its teacher at as many, and at many; and comparison/ their samples, of the same noise.
@@ -179,7 +182,8 @@ def distil(config: Config):
 
 def rows_of(config: Config, student, base, full_steps: int) -> list[measure.Row]:
     """The student at few evaluations, its teacher's samplers at as many, and at many."""
-    scale, size = config.distill.guidance_scale, config.evaluation.batch_size
+    scale = config.scales[0] if config.scales else config.distill.guidance_scale
+    size = config.evaluation.batch_size
 
     def of(solver, steps):
         return SamplingConfig(scale, solver, steps, batch_size=size)

@@ -10,8 +10,8 @@ from jaxtyping import Array, PyTree
 
 from jaxdiff._checks import check_callable
 from jaxdiff.distillation._jump import check_told
-from jaxdiff.distillation._shared import still
 from jaxdiff.flow_map import FlowMap
+from jaxdiff.losses._frozen import still
 
 
 class Adversarial(eqx.Module):

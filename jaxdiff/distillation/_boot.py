@@ -15,12 +15,12 @@ from jaxdiff.distillation._shared import (
     draw_scale,
     guided_or_told,
     scale_range,
-    teacher_of,
     told_scale,
 )
 from jaxdiff.losses import TimeLaw, UniformTime, Weighting, stratified_uniform
 from jaxdiff.losses import Uniform as UniformWeighting
 from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.predictions import X0
 
 

@@ -16,11 +16,10 @@ from jaxdiff.distillation._shared import (
     Squared,
     check_flow_map,
     noised,
-    target_of,
-    teacher_of,
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime, each_example
+from jaxdiff.losses._frozen import target_of, teacher_of
 
 
 class ConditionalDistillation(eqx.Module):

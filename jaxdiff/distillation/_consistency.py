@@ -21,13 +21,12 @@ from jaxdiff.distillation._shared import (
     check_flow_map,
     noised,
     scale_range,
-    target_of,
-    teacher_of,
     told_scale,
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import Karras, LogNormal, TimeLaw, stratified_uniform
 from jaxdiff.losses._batch import check_batch
+from jaxdiff.losses._frozen import target_of, teacher_of
 from jaxdiff.sampling import denoise
 from jaxdiff.solvers import DDIM
 from jaxdiff.training import Frozen

@@ -15,13 +15,13 @@ from jaxdiff.distillation._shared import (
     at_scale,
     noised,
     scale_range,
-    teacher_of,
     told_scale,
 )
 from jaxdiff.distillation._tangents import relative
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import LogNormal, TimeLaw, each_example
 from jaxdiff.losses._batch import wide
+from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.predictions import Velocity
 from jaxdiff.processes import TrigFlow
 from jaxdiff.training import Frozen

@@ -13,6 +13,7 @@ from jaxdiff.distillation._generated import (
     Begun,
     begin,
     finish,
+    noise_and_times,
     start_times,
 )
 from jaxdiff.distillation._matching import ScoreDifference
@@ -138,7 +139,8 @@ class DMD(NormalisedDifference):
             None,
         )
         made, remade = jnp.split(finish(model, both), 2)
-        losses, gaps = self.compared(model, noise_key, made, begun, frozen)
+        drawn = noise_and_times(model.process, noise_key, made, self.time_law)
+        losses, gaps = self.compared(model, drawn, made, begun, frozen)
         apart = jax.vmap(self.distance)(remade, jax.lax.stop_gradient(pair)).mean()
         metrics = {"gap": gaps.mean(), "regression": apart}
         return losses.mean() + self.regression * apart, metrics

@@ -23,12 +23,11 @@ from jaxdiff.distillation._generated import (
 from jaxdiff.distillation._shared import (
     at_scale,
     scale_range,
-    still,
-    teacher_of,
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, Uniform, UniformTime, Weighting
 from jaxdiff.losses._batch import check_batch
+from jaxdiff.losses._frozen import still, teacher_of
 from jaxdiff.predictions import X0
 from jaxdiff.training import Frozen
 

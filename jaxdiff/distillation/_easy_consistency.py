@@ -14,10 +14,10 @@ from jaxdiff.distillation._shared import (
     PseudoHuber,
     check_flow_map,
     noised,
-    target_of,
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import LogNormal, TimeLaw, each_example
+from jaxdiff.losses._frozen import target_of
 from jaxdiff.processes import GaussianProcess
 
 

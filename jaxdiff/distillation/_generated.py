@@ -14,12 +14,12 @@ from jaxdiff.distillation._shared import (
     check_flow_map,
     draw_scale,
     scale_range,
-    still,
     told_scale,
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import DenoisingLoss, TimeLaw, each_example, stratified_uniform
 from jaxdiff.losses._batch import check_batch
+from jaxdiff.losses._frozen import still
 from jaxdiff.training import Frozen
 
 
@@ -229,6 +229,7 @@ class FakeScoreLoss(eqx.Module):
         batch: dict[str, Any],
         frozen: Frozen,
         weight: Array | None = None,
+        levels: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """The same, each example with a weight of its own.
 
@@ -238,6 +239,7 @@ class FakeScoreLoss(eqx.Module):
             batch: likewise.
             frozen: likewise.
             weight: `(B,)`; None for 1.
+            levels: of the times, in [0, 1), `(B,)`; None for stratified ones.
         """
         check_denoiser(model)
         generator = generator_of(frozen, model)
@@ -249,5 +251,5 @@ class FakeScoreLoss(eqx.Module):
             t = self.denoising.time_law.quantile(model.process, u).astype(x0.dtype)
             return self.denoising.per_example(model, key, x0, t, cond)
 
-        losses, errors = each_example(one, loss_key, {"x": x0, "cond": begun.told})
+        losses, errors = each_example(one, loss_key, {"x": x0, "cond": begun.told}, levels)
         return weighted_mean(losses, weight), {"x0_mse": errors.mean()}

@@ -14,11 +14,11 @@ from jaxdiff.distillation._shared import (
     at_scale,
     noised,
     scale_range,
-    teacher_of,
     told_scale,
 )
 from jaxdiff.losses import TimeLaw, TruncatedSNR, UniformTime, Weighting, each_example
 from jaxdiff.losses._batch import wide
+from jaxdiff.losses._frozen import teacher_of
 
 
 class GuidedDistillation(eqx.Module):

@@ -11,11 +11,14 @@ from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.distillation._generated import noise_and_times
 from jaxdiff.distillation._matching import DistributionMatching
-from jaxdiff.distillation._shared import check_flow_map, still
+from jaxdiff.distillation._shared import (
+    check_flow_map,
+)
 from jaxdiff.distillation._sid import SiD
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime
 from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._frozen import still
 from jaxdiff.training import Frozen
 
 LEARNS = ("inner", "outer", "both")

@@ -9,10 +9,13 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_count, check_kind, check_number
 from jaxdiff._tree import Number, number
-from jaxdiff.distillation._shared import check_flow_map, target_of
+from jaxdiff.distillation._shared import (
+    check_flow_map,
+)
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime, stratified_uniform
 from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._frozen import target_of
 from jaxdiff.metrics import Kernel
 from jaxdiff.metrics._kernels import squared_distances
 from jaxdiff.predictions import Prediction, Velocity

@@ -13,12 +13,12 @@ from jaxdiff.denoiser import Denoiser
 from jaxdiff.distillation._generated import Begun, begin, finish, noise_and_times, weighted_mean
 from jaxdiff.distillation._shared import (
     at_scale,
-    teacher_of,
     with_gradient,
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw
 from jaxdiff.losses._batch import wide
+from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.training import Frozen
 
 
@@ -105,13 +105,14 @@ class DistributionMatching(eqx.Module):
         begin_key, noise_key = jax.random.split(key)
         begun = begin(model, begin_key, batch, self.start, self.scales)
         x0 = finish(model, begun)
-        losses, gaps = self.compared(model, noise_key, x0, begun, frozen, teacher_cond)
+        noise = noise_and_times(model.process, noise_key, x0, self.time_law)
+        losses, gaps = self.compared(model, noise, x0, begun, frozen, teacher_cond)
         return weighted_mean(losses, weight), {"gap": gaps.mean()}
 
     def compared(
         self,
         model: FlowMap,
-        key: PRNGKeyArray,
+        noise: tuple[Array, Array],
         x0: Array,
         begun: Begun,
         frozen: Frozen,
@@ -121,14 +122,14 @@ class DistributionMatching(eqx.Module):
 
         Args:
             model: the generator.
-            key: of the noise.
+            noise: eps `(B, *event)` and times `(B,)`, as of `noise_and_times`.
             x0: `(B, *event)`.
             begun: where it is from.
             frozen: as of a call.
             teacher_cond: as of `matched`.
         """
         teacher, fake = teacher_of(frozen, model), self.fake_of(frozen, model)
-        eps, t = noise_and_times(model.process, key, x0, self.time_law)
+        eps, t = noise
         teacher_cond = begun.cond if teacher_cond is None else teacher_cond
 
         def one(x0, eps, t, scale, fake_cond, teacher_cond):

@@ -16,14 +16,13 @@ from jaxdiff.distillation._shared import (
     at_scale,
     noised,
     scale_range,
-    still,
-    teacher_of,
     told_scale,
 )
 from jaxdiff.distillation._tangents import relative
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import LogitNormal, TimeLaw, stratified_uniform
 from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._frozen import still, teacher_of
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.training import Frozen
 

@@ -11,10 +11,14 @@ from jaxdiff._checks import check_callable, check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.distillation._generated import generator_of
-from jaxdiff.distillation._shared import check_flow_map, teacher_of, with_gradient
+from jaxdiff.distillation._shared import (
+    check_flow_map,
+    with_gradient,
+)
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, Uniform, UniformTime, Weighting, stratified_uniform
 from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.predictions import X0
 from jaxdiff.training import Frozen
 

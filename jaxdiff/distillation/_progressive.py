@@ -16,11 +16,11 @@ from jaxdiff.distillation._shared import (
     guided_or_told,
     noised,
     scale_range,
-    teacher_of,
     told_scale,
 )
 from jaxdiff.losses import TimeLaw, TruncatedSNR, UniformTime, Weighting, each_example
 from jaxdiff.losses._batch import wide
+from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.processes import GaussianProcess
 
 

@@ -12,9 +12,12 @@ from jaxdiff._checks import check_callable, check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.distillation._generated import begin, finish, noise_and_times
 from jaxdiff.distillation._score_distillation import SDS
-from jaxdiff.distillation._shared import still, with_gradient
+from jaxdiff.distillation._shared import (
+    with_gradient,
+)
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses._batch import wide
+from jaxdiff.losses._frozen import still
 from jaxdiff.metrics._kernels import squared_distances
 from jaxdiff.training import Frozen
 
@@ -87,13 +90,12 @@ class Repulsive(eqx.Module):
         if len(begun.t) < 2:
             raise ValueError("A population must have two examples at least, got a batch of one.")
         x0 = finish(model, begun)
-        losses, gaps = self.sds.compared(model, noise_key, x0, begun, frozen)
-        # The noise of the pull, drawn again from the same key.
-        _, t = noise_and_times(model.process, noise_key, x0, self.sds.time_law)
+        noise = noise_and_times(model.process, noise_key, x0, self.sds.time_law)
+        losses, gaps = self.sds.compared(model, noise, x0, begun, frozen)
         look = (lambda x: x) if self.features is None else still(self.features)
         f = wide(jax.vmap(lambda x: jnp.ravel(look(x)))(x0))
         apart = self.repulsion(jax.lax.stop_gradient(f))
-        slopes = -self.gamma * model.process.sigma(t)[:, None] * apart
+        slopes = -self.gamma * model.process.sigma(noise[1])[:, None] * apart
         pushes = jax.vmap(with_gradient)(f, slopes)
         metrics = {"gap": gaps.mean(), "repulsion": jnp.mean(jnp.sum(apart**2, axis=1))}
         return losses.mean() + pushes.mean(), metrics

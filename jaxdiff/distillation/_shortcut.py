@@ -13,10 +13,13 @@ from jaxdiff._tree import Number, number
 from jaxdiff.conditions import null_where
 from jaxdiff.distillation._jump import check_told, ddim_jump
 from jaxdiff.distillation._mean_flow import mean_velocity, straightened
-from jaxdiff.distillation._shared import noised, target_of, teacher_of
+from jaxdiff.distillation._shared import (
+    noised,
+)
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime, stratified_uniform
 from jaxdiff.losses._batch import check_batch, drop_cond, wide
+from jaxdiff.losses._frozen import target_of, teacher_of
 from jaxdiff.training import Frozen
 
 

@@ -25,12 +25,11 @@ from jaxdiff.distillation._shared import (
     PseudoHuber,
     noised,
     scale_range,
-    still,
-    teacher_of,
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime
 from jaxdiff.losses._batch import check_batch
+from jaxdiff.losses._frozen import still, teacher_of
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.solvers import DDIM
 from jaxdiff.training import Frozen

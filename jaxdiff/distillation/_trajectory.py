@@ -26,14 +26,12 @@ from jaxdiff.distillation._shared import (
     draw_scale,
     noised,
     scale_range,
-    still,
-    target_of,
-    teacher_of,
     told_scale,
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import Karras, LogNormal, TimeLaw, Uniform, Weighting, stratified_uniform
 from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._frozen import still, target_of, teacher_of
 from jaxdiff.predictions import F
 from jaxdiff.solvers import EDMHeun
 from jaxdiff.training import Frozen

@@ -56,12 +56,14 @@ from jaxdiff.guidance._perturbed_attention import PerturbedAttention as Perturbe
 from jaxdiff.guidance._policy import GuidancePolicy as GuidancePolicy
 from jaxdiff.guidance._policy import PolicySearch as PolicySearch
 from jaxdiff.guidance._policy import search_policy as search_policy
+from jaxdiff.guidance._posterior_odds import PosteriorOdds as PosteriorOdds
 from jaxdiff.guidance._posterior_sampling import DPS as DPS
 from jaxdiff.guidance._posterior_sampling import FreeDoM as FreeDoM
 from jaxdiff.guidance._projected import AdaptiveProjected as AdaptiveProjected
 from jaxdiff.guidance._recurrence import Recurrence as Recurrence
 from jaxdiff.guidance._rescale import RescaledClassifierFree as RescaledClassifierFree
 from jaxdiff.guidance._resolution_shares import ResolutionShares as ResolutionShares
+from jaxdiff.guidance._safe_latent import SafeLatent as SafeLatent
 from jaxdiff.guidance._scale import CosineScale as CosineScale
 from jaxdiff.guidance._scale import LinearScale as LinearScale
 from jaxdiff.guidance._scale import PairRule as PairRule

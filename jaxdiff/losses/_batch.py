@@ -35,7 +35,10 @@ def stratified_uniform(key: PRNGKeyArray, count: int) -> Float[Array, "{count}"]
 
 
 def each_example(
-    loss: Callable[[PRNGKeyArray, Array, Array, PyTree], PyTree], key: PRNGKeyArray, batch: dict
+    loss: Callable[[PRNGKeyArray, Array, Array, PyTree], PyTree],
+    key: PRNGKeyArray,
+    batch: dict,
+    levels: Array | None = None,
 ) -> PyTree:
     """`loss(key, u, x0, cond)` of every example of a training batch.
 
@@ -45,6 +48,7 @@ def each_example(
         key: typed key; example i draws from its fold_in with i. Two losses that are given the same
             key, such as `frozen.key`, see the same times and noise.
         batch: `{"x": (B, *event), "cond": pytree with leading axis B}`; "cond" may be absent.
+        levels: the levels `(B,)`; None for `stratified_uniform`.
 
     Returns:
         What the loss returns, with a leading axis B.
@@ -54,7 +58,8 @@ def each_example(
     count = x0.shape[0]
     time_key, example_key = jax.random.split(key)
     keys = jax.vmap(lambda i: jax.random.fold_in(example_key, i))(jnp.arange(count))
-    return jax.vmap(loss)(keys, stratified_uniform(time_key, count), x0, cond)
+    levels = stratified_uniform(time_key, count) if levels is None else levels
+    return jax.vmap(loss)(keys, levels, x0, cond)
 
 
 def check_batch(batch: Any) -> None:

@@ -60,6 +60,10 @@ def alike(x0, concept):
     return jnp.exp(x0[0] * (1 - 2 * concept))
 
 
+def odds(x, t):
+    return jnp.tanh(x[0] + t)
+
+
 PARTS = tuple(map(jax.tree_util.Partial, (mean, centred)))
 
 # Every map, made from a base; the evaluations it costs on five steps of DDIM, and the calls that
@@ -123,6 +127,12 @@ MAPS = {
             base, null_cond=2, count=2, scale=1.5, quantile=0.4, warm_up=1
         ),
         20, 5,
+    ),
+    "SafeLatent": (
+        lambda base: guidance.SafeLatent(base, 2, 0, 2.0, 1.0, safety=2.0, threshold=0.1), 15, 5,
+    ),
+    "PosteriorOdds": (
+        lambda base: guidance.PosteriorOdds(base, 0, jax.tree_util.Partial(odds)), 10, 5,
     ),
     "NegativePrompt": (lambda base: guidance.NegativePrompt(base, 2.0), 10, 5),
     "Conditioned": (

@@ -111,6 +111,24 @@ def test_every_method_makes_players_of_a_run(digits, method):
     assert make_train_step(players).flops(state, batch, constants) > 0
 
 
+def test_a_student_of_every_scale_is_distilled_again(digits):
+    """The second stage of guided distillation; nothing else takes such a base."""
+    config = configured(Options(digits, method="progressive", scales=(1.0, 3.0), steps=32))
+    source, _ = build_sources(config.data)
+    base, info = load_run(digits).model, DataInfo.of(source)
+    with pytest.raises(ValueError, match="`base` must be told the scale of guidance for 'progre"):
+        Parts(config, base, info)
+    told = dataclasses.replace(base, network=networks.with_scalars(base.network, "scale"))
+    players = config.method.build(Parts(config, told, info))
+    assert sampling.is_told(players["student"].model, info)
+    state, batch = init_train_state(players, jax.random.key(0)), source[np.arange(16)]
+    assert make_train_step(players).flops(state, batch, {}) > 0
+    for changes in ({"method": "consistency"}, {"method": "progressive"}):
+        other = configured(Options(digits, **changes))
+        with pytest.raises(ValueError, match="`base` is told the scale of guidance"):
+            Parts(other, told, info)
+
+
 @pytest.mark.parametrize("method", ["progressive", "reflow", "dmd2"])
 def test_methods_of_every_kind_run_and_go_on(toy, tmp_path, method):
     """A teacher that follows, pairs that are kept, and three players."""

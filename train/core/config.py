@@ -13,7 +13,7 @@ from train.core.data import DataConfig
 
 SolverName = Literal[
     *("ddim", "ancestral", "heun", "euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"),
-    *("sa_solver", "seeds", "flow_map"),
+    *("sa_solver", "seeds", "flow_map", "double_jump"),
 ]
 TimesName = Literal["uniform", "log_snr", "karras", "polyexponential", "quadratic"]
 MetricName = Literal[

@@ -34,6 +34,7 @@ SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
     "sa_solver": (solvers.SASolver, {"predictor_order": 2, "corrector_order": 2}),
     "seeds": (solvers.SEEDS, {}),
     "flow_map": (solvers.FlowMapSteps, {}),
+    "double_jump": (solvers.DoubleJump, {}),
 }
 # The same, by the names that settings have for them.
 RENAMED = {"s_churn": "churn", "gamma": "eta"}

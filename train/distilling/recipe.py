@@ -11,13 +11,14 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxdiff import distillation, guidance, losses, predictions, processes
+from jaxdiff.conditions import from_entries
 from jaxdiff.denoiser import Denoiser, NetworkDenoiser, TimeLabel, reading
 from jaxdiff.networks import tap_names, with_scalars
 from jaxdiff.training import Follow, Player
 from train.core.building import build_average, build_optimizer
 from train.core.config import RunConfig
 from train.core.data import DataInfo
-from train.core.sampling import guided
+from train.core.sampling import guided, is_told
 
 END = "end"  # the entry by which a student is told where to
 END_FACTOR = 100.0  # in which units: sinusoids of numbers below 1 tell little
@@ -124,8 +125,19 @@ class Parts:
 
     def __init__(self, config: Config, base: NetworkDenoiser, info: DataInfo):
         self.config, self.info, self.chosen = config, info, config.distill
-        self.base = config.method.seen(base)
+        self.base, self.told = config.method.seen(base), is_told(base, info)
         scale = self.chosen.guidance_scale
+        twice = config.method.again
+        if self.told and not (twice and config.scales):
+            raise ValueError(
+                "`base` is told the scale of guidance: its students are by --method progressive "
+                f"with --scales as it was, got {self.chosen.method!r} and {config.scales}."
+            )
+        if twice and config.scales and not self.told:
+            raise ValueError(
+                f"`base` must be told the scale of guidance for {self.chosen.method!r} with "
+                "--scales. Distil it by --method guided first, and pass that run."
+            )
         if info.null_cond is None and (config.method.conditions or config.scales or scale != 1):
             raise ValueError(
                 f"`distill.method` {self.chosen.method} with guidance scale {scale:g} needs data "
@@ -136,7 +148,7 @@ class Parts:
     def teacher(self) -> Denoiser:
         """Guided, and not clipped: what a student learns is a trajectory."""
         plain = dataclasses.replace(self.info, pixels=False)
-        if self.scales is None:
+        if self.scales is None or self.told:
             return guided(self.base, plain, self.chosen.guidance_scale)
         return guidance.ClassifierFree(self.base, self.info.null_cond, self.scales[1])
 
@@ -162,7 +174,7 @@ class Parts:
 
     def student(self, *told: str) -> NetworkDenoiser:
         """The teacher's network, which is told more."""
-        names = (*told, *(("scale",) if self.scales else ()))
+        names = (*told, *(("scale",) if self.scales and not self.told else ()))
         network = with_scalars(self.base.network, *names) if names else self.base.network
         return dataclasses.replace(self.base, network=network)
 
@@ -209,6 +221,17 @@ class Parts:
 def start_of(base: Denoiser) -> float:
     """The time of noise level `START`."""
     return float(base.process.time(-2 * jnp.log(jnp.float32(START))))
+
+
+def batch_like(info: DataInfo, size: int) -> dict[str, Any]:
+    """A batch of zeros that has the data's shapes and dtypes."""
+    shapes = {**info.cond, **({} if info.num_classes is None else {"label": ()})}
+    whole = {"label": info.num_classes is not None, "tokens": info.words is not None}
+    cond = {
+        name: jnp.zeros((size, *shape), jnp.int32 if whole.get(name) else jnp.float32)
+        for name, shape in shapes.items()
+    }
+    return {"x": jnp.zeros((size, *info.event_shape)), "cond": from_entries(cond)}
 
 
 def _same(base: NetworkDenoiser) -> NetworkDenoiser:
@@ -261,6 +284,7 @@ class Method:
         evaluations: that the student can be sampled with.
         starts: whether the student begins at noise level `START`, and not at the last time.
         told: whether the student may be told a scale of guidance: False, True or "always".
+        again: whether that is for a base which is told it already: the second stage of two.
         conditions: whether it needs data with conditions.
         guided: whether there is a teacher to be guided.
         pairs: whether it learns from noise and what the teacher makes of it.
@@ -276,6 +300,7 @@ class Method:
     evaluations: tuple[int, ...] = (1, 2, 4)
     starts: bool = False
     told: bool | str = False
+    again: bool = False
     conditions: bool = False
     guided: bool = True
     pairs: bool = False
@@ -297,7 +322,10 @@ def _progressive(parts: Parts) -> dict[str, Player]:
     # One program for all rounds: the teacher takes the student's weights at the end of each.
     count = len(distillation.rounds(*ROUNDS))
     length = max(parts.config.steps // count, 1)
-    loss = distillation.ProgressiveDistillation(distillation.HalvingSteps(*ROUNDS, length))
+    halving = distillation.HalvingSteps(*ROUNDS, length)
+    # A student of all scales is sampled by double jumps, too, which start between its steps.
+    shifts = 1 if parts.scales is None else 2
+    loss = distillation.ProgressiveDistillation(halving, shifts=shifts, scales=parts.scales)
     teacher = Player(parts.base, Follow("student"), every=EachRound(jnp.asarray(length)))
     return {"teacher": teacher, "student": parts.player(parts.student(), loss)}
 
@@ -362,6 +390,15 @@ def _mean_flow(parts: Parts) -> dict[str, Player]:
 def _trajectory(parts: Parts) -> dict[str, Player]:
     steps = parts.chosen.grid_steps
     loss = distillation.ConsistencyTrajectory(steps=steps, most=steps, target="student")
+    return {"student": parts.player(parts.between(), loss)}
+
+
+def _single_trajectory(parts: Parts) -> dict[str, Player]:
+    # From noise, and to any time: what is distilled is sampled, and edits nothing.
+    bank = distillation.TrajectoryBank.empty(batch_like(parts.info, parts.config.batch_size))
+    loss = distillation.SingleTrajectory(
+        bank, steps=parts.chosen.grid_steps, strength=1.0, reach=1.0, gan=None, scales=parts.scales,
+    )  # fmt: skip
     return {"student": parts.player(parts.between(), loss)}
 
 
@@ -448,7 +485,8 @@ def _generator(paper: str, build: Callable[[Parts], dict[str, Player]], **option
 METHODS: dict[str, Method] = {
     # The last student of all is for one step.
     "progressive": Method(
-        "Salimans, Ho 2022", _progressive, kind="denoiser", evaluations=(1,), guided=False
+        "Salimans, Ho 2022", _progressive, kind="denoiser", evaluations=(1,), guided=False,
+        told=True, again=True,
     ),
     "guided": Method("Meng et al. 2022", _guided, kind="denoiser", told="always", conditions=True),
     "consistency": Method("Song et al. 2023", _consistency, told=True, seen=as_edm),
@@ -468,6 +506,9 @@ METHODS: dict[str, Method] = {
     "shortcut": Method("Frans et al. 2024", _shortcut, gamma=None),
     "mean-flow": Method("Geng et al. 2025", _mean_flow, gamma=None, told=True),
     "trajectory": Method("Kim et al. 2023", _trajectory, gamma=None, seen=as_edm),
+    "single-trajectory": Method(
+        "Xu et al. 2024", _single_trajectory, gamma=None, told=True, seen=as_edm
+    ),
     "conditional": Method(
         "Mei et al. 2023", _conditional, conditions=True, guided=False,
         teacher=lambda parts: parts.unconditional,

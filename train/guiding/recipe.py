@@ -6,7 +6,7 @@ concept are `ClassifierFree`, and `Conditioned` and `BlackScholesBlending`, whic
 which want images of several parts, and `UpsampleGuidance`, of several sizes; `Product` and
 `Mixture`, of several models, and `Corrected`, for a Metropolis step, which want densities;
 `GuidancePolicy` and `LinearAdaptiveGuidance`, which are fitted first; `LateConstraint`,
-which is trained.
+which is trained; `PosteriorOdds` and `SafeLatent`, which keep a class out.
 """
 
 import dataclasses

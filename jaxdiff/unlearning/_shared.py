@@ -1,0 +1,113 @@
+"""What the losses of unlearning share: what is to be forgotten, and errors at noisy states."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff.conditions import null_where
+from jaxdiff.denoiser import Denoiser
+from jaxdiff.losses import Weighting
+from jaxdiff.losses._batch import check_batch, wide
+
+FORGET = "forget"
+
+
+def forget_of(batch: Any) -> dict[str, Any]:
+    """The examples of a batch that are to be forgotten.
+
+    Args:
+        batch: `{"x": ..., "cond": ..., "forget": {"x": (F, *event), "cond": leading axis F}}`.
+
+    Returns:
+        The inner batch.
+
+    Raises:
+        ValueError: without one, or where it has no conditions.
+        TypeError: if it is no batch.
+    """
+    if not isinstance(batch, Mapping) or FORGET not in batch:
+        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"`batch` must have the examples to be forgotten as {FORGET!r}, a batch "
+            f'{{"x": ..., "cond": ...}} of their own, got {got}.'
+        )
+    rows = batch[FORGET]
+    check_batch(rows)
+    if rows.get("cond") is None:
+        raise ValueError(
+            "`batch['forget']` must have conditions, by which a model is asked for what it is to "
+            "forget, got none."
+        )
+    return rows
+
+
+class OnForgotten(eqx.Module):
+    """Another loss, of the examples that are to be forgotten.
+
+    Args:
+        loss: any `loss(model, key, batch, frozen)`.
+        scale: factor on it.
+    """
+
+    loss: Any
+    scale: Any = 1.0
+
+    def __call__(
+        self, model: PyTree, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss of `batch["forget"]`; see `Player`."""
+        loss, metrics = self.loss(model, key, forget_of(batch), frozen)
+        return self.scale * loss, metrics
+
+
+def replaced(cond: PyTree, other: PyTree) -> PyTree:
+    """Conditions with leading axis B, with the entries that another one names in their place."""
+    return jax.vmap(lambda one: null_where(jnp.bool_(True), one, other))(cond)
+
+
+def asked(
+    model: Denoiser, x: Array, t: Array, cond: PyTree, key: PRNGKeyArray | None = None
+) -> Array:
+    """What a denoiser says of a batch, `(B, *event)`.
+
+    Args:
+        model: the denoiser.
+        x: states, `(B, *event)`.
+        t: their times, `(B,)`.
+        cond: leading axis B, or None.
+        key: of the denoiser's own randomness; example i has its fold_in with i. None for none.
+    """
+    if key is None:
+        return jax.vmap(model)(x, t, cond)
+
+    def one(i, x, t, cond):
+        return model(x, t, cond, key=jax.random.fold_in(key, i))
+
+    return jax.vmap(one)(jnp.arange(len(x)), x, t, cond)
+
+
+class Seen(eqx.Module):
+    """Noisy states of a batch, at which models are asked.
+
+    Attributes:
+        x: `(B, *event)`, which no gradient passes.
+        t: `(B,)`.
+        density: of the times, `(B,)`; 1 where they are on a grid.
+    """
+
+    x: Array
+    t: Array
+    density: Array
+
+    def error(self, weighting: Weighting, model: Denoiser, difference: Array) -> Array:
+        """Weighted mean squares of differences in x0 `(B, *event)`, `(B,)`."""
+        errors = jnp.mean(wide(difference).reshape(len(difference), -1) ** 2, axis=1)
+
+        def factor(t, density):
+            return weighting(model.process, t, density)
+
+        return jax.vmap(factor)(self.t, self.density) * errors
