@@ -101,7 +101,7 @@ def curves(rows: Sequence[Row], steps: int, path: Path) -> None:
         if any(METHODS[name].kind == kind for name in means)
     ]  # fmt: skip
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(4.2 * len(kinds), 4), sharex=True, sharey=True, squeeze=False,
+        1, len(kinds), figsize=(4.2 * len(kinds), 5), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, kind in zip(axes[0], kinds, strict=True):
@@ -113,7 +113,8 @@ def curves(rows: Sequence[Row], steps: int, path: Path) -> None:
         if "unguided" in means:
             axis.plot(*means["unguided"].T, "*", color="red", ms=9, label="unguided")
         axis.set(title=kind, xlabel=VARIETY)
-        axis.legend(fontsize=7)
+        # Below, where no line is.
+        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes[0, 0].set(ylabel=FIDELITY)
     figures.save_figure(figure, path)
 
