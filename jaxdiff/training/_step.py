@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -591,6 +592,12 @@ def _as_before(name: str, what: str, old: PyTree, new: PyTree) -> PyTree:
     return jax.tree.map(cast, old, new)
 
 
+def _unbound(leaf: Any) -> Array:
+    """An array that goes where the state is, though it was made of weights bound to one device."""
+    bound = isinstance(leaf, jax.Array) and len(leaf.devices()) == 1
+    return jnp.asarray(np.asarray(leaf) if bound else leaf)
+
+
 class TrainStep:
     """A compiled training step; see `make_train_step`."""
 
@@ -608,7 +615,7 @@ class TrainStep:
             check_scalars(player.loss, player.ema)
             numbers = traced_floats((player.loss, player.ema, player.every))
             loss, ema, every = numbers
-            mask = jax.tree.map(jnp.asarray, player.mask)
+            mask = jax.tree.map(_unbound, player.mask)
             return dataclasses.replace(
                 player, model=None, loss=loss, ema=ema, every=every, mask=mask
             )

@@ -179,3 +179,16 @@ def test_unpack_and_pack_are_inverse():
 def test_legacy_keys_are_refused():
     with pytest.raises(TypeError, match="typed PRNG key"):
         init_train_state({}, jax.random.PRNGKey(0))
+
+
+def test_a_mask_of_weights_of_one_device_goes_with_a_state_on_a_mesh():
+    """As made of a gradient at restored weights, which are bound to their device."""
+    mesh = parallel.make_mesh(devices=jax.devices())
+    model = make_model()
+    bound = jax.device_put(jax.tree.map(jnp.ones_like, model.network), jax.devices()[0])
+    mask = jax.tree.map(lambda leaf: leaf > 0, bound)
+    players = {"model": Player(model, Regression(), optax.adam(1e-3), mask=mask)}
+    state = init_train_state(players, jax.random.key(0), mesh=mesh)
+    batch = parallel.shard_batch(next(Batches()), mesh)
+    state, metrics = make_train_step(players)(state, batch)
+    assert np.isfinite(metrics["loss"])

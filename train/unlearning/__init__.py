@@ -1,0 +1,1 @@
+"""Unlearning classes of trained runs: the methods by name, what is measured, and attacks."""
