@@ -24,13 +24,14 @@ def test_file_runs(path, capsys):
     assert len(path.read_text().splitlines()) < 85
 
 
-@pytest.mark.parametrize("name", ["guidance", "finetuning"])
+@pytest.mark.parametrize("name", ["guidance", "finetuning", "distillation", "unlearning"])
 def test_pages_run(name, capsys, tmp_path, monkeypatch):
     """Their Python, from top to bottom; other pages need a run or a data set."""
     monkeypatch.chdir(tmp_path)
     text = (FILES[0].parent.parent / f"{name}.md").read_text()
+    names = {"__name__": "__main__"}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(block, f"{name}.md", "exec"), {"__name__": "__main__"})
+        exec(compile(block, f"{name}.md", "exec"), names)
     capsys.readouterr()
 
 

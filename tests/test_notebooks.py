@@ -129,7 +129,7 @@ def test_finetuning(digits, monkeypatch, capsys):
     distances = seen["distances"]
     for name in ("all weights", "last step", "adapter"):
         assert distances[f"3 steps, {name}"] < 0.7 * distances["3 steps"]
-    assert list(seen["found"])[:2] == ["tuned, classifier", "tuned, mean image"]
+    assert next(iter(seen["found"])) == "tuned, classifier"
     assert all(np.isfinite(row["frechet"]) for row in seen["found"].values())
     for lines in seen["curves"].values():
         assert any("held_out_loss" in line for line in lines)
