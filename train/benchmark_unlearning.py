@@ -79,6 +79,8 @@ def options_of(plan: Benchmark, base: str, method: str) -> Options:
     parts = (method, *plan.forget, *(getattr(plan, name) for name in SETTINGS))
     folder = "-".join(map(str, parts)).replace(".", "_").replace(", ", "-").replace(" ", "-")
     run_dir = str(Path(base) / "unlearn" / folder)
+    if "override" not in METHODS[method].takes:
+        common["override"] = None
     return Options(base, run_dir=run_dir, method=method, **common)
 
 

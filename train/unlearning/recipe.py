@@ -100,8 +100,13 @@ class Config(RunConfig):
                 raise ValueError(
                     f"`unlearn.{name}` must be at least 1, got {getattr(chosen, name)}."
                 )
-        if chosen.generator and self.method.kind != "generator":
-            raise ValueError("`unlearn.generator` is for score forgetting; leave it out.")
+        for name in ("override", "scale", "weight", "generator"):
+            value = getattr(chosen, name)
+            if value not in (None, "") and name not in self.method.takes:
+                named = ", ".join(n for n, method in METHODS.items() if name in method.takes)
+                raise ValueError(
+                    f"`unlearn.{name}` is for {named}; {chosen.method!r} has none, got {value!r}."
+                )
         if chosen.parameters and self.method.kind == "edit":
             raise ValueError("`unlearn.parameters` is for methods that learn; leave it out.")
 
@@ -240,10 +245,12 @@ class Method:
         constants: what losses find beside the teacher.
         data: what examples it needs: "none", "forget", "kept" or "both".
         sampled: the player that is sampled.
+        takes: those of "override", "scale", "weight" and "generator" that mean something to it.
     """
 
     paper: str
     build: Callable[[Parts], Any]
+    takes: tuple[str, ...] = ()
     kind: str = "denoiser"
     constants: Callable[[Parts], dict[str, Any]] = lambda parts: {}
     data: str = "both"
@@ -298,8 +305,8 @@ def _score_forgetting(parts: Parts, matching: Any) -> dict[str, Player]:
 
 def _generator(matching: Any) -> Method:
     return Method(
-        "Chen et al. 2024", lambda parts: _score_forgetting(parts, matching), kind="generator",
-        sampled="generator", data="none",
+        "Chen et al. 2024", lambda parts: _score_forgetting(parts, matching),
+        ("override", "weight", "generator"), kind="generator", sampled="generator", data="none",
     )  # fmt: skip
 
 
@@ -329,19 +336,22 @@ METHODS: dict[str, Method] = {
         _model(lambda p: unlearning.ErasedConcepts(
             p.null, p.scale(1.0), states=p.states, weighting=p.weighting)),
         data="none",
+        takes=("scale",),
     ),
     "all-but-one": Method(
         "Hong et al. 2023",
         _model(lambda p: unlearning.AllButOne(
             p.null, p.chosen.override, p.weight(1.0), p.states, p.weighting)),
         data="none",
+        takes=("override", "weight"),
     ),
     "ablated": Method(
         "Kumari et al. 2023",
         _model(lambda p: unlearning.ConceptAblation(False, p.weight(1.0), p.weighting)),
         data="kept",
+        takes=("weight",),
     ),
-    "anti-edited": Method("Wang et al. 2025", _model(_anti_edited)),
+    "anti-edited": Method("Wang et al. 2025", _model(_anti_edited), takes=("scale",)),
     "early-steering": Method(
         "Chen et al. 2025",
         _model(lambda p: unlearning.EarlySteering(
@@ -349,6 +359,7 @@ METHODS: dict[str, Method] = {
             states=unlearning.OnTrajectory(p.null, steps=p.chosen.trajectory_steps, most=0.5),
             weighting=p.weighting)),
         data="none",
+        takes=("override", "scale", "weight"),
     ),
     "self-distilled": Method(
         "Kim et al. 2023",
@@ -356,15 +367,21 @@ METHODS: dict[str, Method] = {
             p.null, "model", p.states, p.weighting)),
         data="none",
     ),
-    "relabelled": Method("random labels", _model(lambda p: _with_kept(p, _relabelled(p), 1.0))),
-    "salun": Method("Fan et al. 2023", _salun),
+    "relabelled": Method(
+        "random labels",
+        _model(lambda p: _with_kept(p, _relabelled(p), 1.0)),
+        takes=("override", "weight"),
+    ),
+    "salun": Method("Fan et al. 2023", _salun, takes=("override", "weight")),
     "erase-diff": Method(
         "Wu et al. 2024",
         _model(lambda p: unlearning.EraseDiff(_relabelled(p), p.denoising, p.weight(1.0))),
+        takes=("override", "weight"),
     ),
     "surgery": Method(
         "Wu et al. 2024",
         _model(lambda p: unlearning.GradientSurgery(_relabelled(p), p.denoising, p.weight(1.0))),
+        takes=("override", "weight"),
     ),
     "amnesia": Method(
         "Heng, Soh 2023",
@@ -374,16 +391,19 @@ METHODS: dict[str, Method] = {
             jax.random.key(p.config.seed), p.base, p.kept[np.arange(50)],
             dataclasses.replace(p.denoising, null_cond=None), times=20)},
         data="kept",
+        takes=("weight",),
     ),
     "repulsion": Method(
         "Tiwary et al. 2023",
         _model(lambda p: unlearning.Repulsion(p.denoising, p.weight(1.0), 0.02)),
         constants=lambda p: {"adapted": p.tuned(p.forget)},
+        takes=("weight",),
     ),
     "ascent": Method(
         "gradient ascent",
         _model(lambda p: _with_kept(
             p, unlearning.GradientAscent(dataclasses.replace(p.denoising, null_cond=None)), 1.0)),
+        takes=("weight",),
     ),
     "kept-only": Method("fine-tuning", _model(lambda p: p.denoising), data="kept"),
     "score-forgetting": _generator(distillation.SiD()),
@@ -393,6 +413,7 @@ METHODS: dict[str, Method] = {
         "Ilharco et al. 2022",
         lambda p: unlearning.negate_task(p.base, p.tuned(p.forget), p.scale(1.0)),
         kind="edit", data="forget",
+        takes=("scale",),
     ),
     "one-layer": Method("Cai et al. 2024", _slug, kind="edit"),
     "renamed": Method(
@@ -402,5 +423,6 @@ METHODS: dict[str, Method] = {
             np.resize(p.classes if p.chosen.override is None else [p.chosen.override],
                       len(p.chosen.forget))),
         kind="edit", data="none",
+        takes=("override",),
     ),
 }  # fmt: skip
