@@ -26,10 +26,11 @@ from jaxdiff import (
     solvers,
     traces,
     training,
+    unlearning,
 )
 
 MODULES = (
-    jaxdiff, distillation, geometry, guidance, losses, metrics, predictions, processes,
+    jaxdiff, distillation, geometry, guidance, losses, metrics, predictions, processes, unlearning,
     solvers, traces, training,
 )  # fmt: skip
 # What fields without a default are given; of one class alone, by its name and theirs.
@@ -60,12 +61,20 @@ REQUIRED = {
             "likeness",
             "logits",
             "aligner",
+            "log_odds",
+            "forget",
+            "retain",
+            "level",
         ),
         lambda: jax.tree_util.Partial(jnp.sum),
     ),
     "denoiser": lambda: gaussian(processes.VP(), 2),
     "edited": lambda: gaussian(processes.VP(), 2),
     "null_cond": lambda: 0,
+    "forget_cond": lambda: 0,
+    "unsafe_cond": lambda: 0,
+    "override": lambda: unlearning.Always(1),
+    "OnForgotten.loss": lambda: losses.DenoisingLoss(),
     "solver": diffrax.Euler,
     "player": lambda: "other",
     "numbers": lambda: jnp.zeros(4),

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxdiff._checks import check_callable, check_number
+from jaxdiff._tree import Number, number
 from jaxdiff.conditions import null_where
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.losses import Weighting
@@ -54,7 +56,11 @@ class OnForgotten(eqx.Module):
     """
 
     loss: Any
-    scale: Any = 1.0
+    scale: Number = number(1.0)
+
+    def __check_init__(self):
+        check_callable("loss", self.loss, "losses.DenoisingLoss()")
+        check_number("scale", self.scale)
 
     def __call__(
         self, model: PyTree, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any
