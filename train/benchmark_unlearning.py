@@ -264,7 +264,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             steps = [int(n) for n in next(iter(seeds.values()))["relearned"]]
             axes[1].plot(
                 steps, np.mean(curves, 0), color=style["color"], label=name,
-                lw=2 if known else 1, ls="--" if known else "-",
+                lw=2 if known else 1, ls={BEFORE: "--", RETRAINED: ":"}.get(name, "-"),
             )  # fmt: skip
     axes[0].set(xlabel="samples still of the class", ylabel="Frechet distance of what is kept")
     axes[0].set(yscale="log")
