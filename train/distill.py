@@ -22,7 +22,6 @@ from jaxdiff import parallel
 from jaxdiff.denoiser import Denoiser
 from train.core import measure, runner
 from train.core.config import (
-    EvaluationConfig,
     LaunchConfig,
     MeshConfig,
     RunConfig,
@@ -31,6 +30,7 @@ from train.core.config import (
     save_config,
 )
 from train.core.data import DataInfo, build_sources
+from train.core.derived import chosen_of, derived, evaluated
 from train.core.sampling import load_model
 from train.distilling.pairs import pairs_of
 from train.distilling.recipe import METHODS, Config, DistillConfig, Parts, start_of
@@ -96,50 +96,15 @@ class Options:
     launch: LaunchConfig = LaunchConfig()
 
 
-def preset_of(name: str) -> tuple[int, int, float]:
-    """Steps, batch size and rate for data of a name."""
-    return PRESETS.get(name, PRESETS["cifar10" if name == "folder" else "toy"])
-
-
 def configured(options: Options) -> Config:
     """The configuration of the student's run."""
-    there = load_config(options.base, RunConfig)
-    data = there.data
-    if options.data_path is not None:
-        data = dataclasses.replace(data, path=options.data_path)
-    names = [f.name for f in dataclasses.fields(DistillConfig)]
-    chosen = DistillConfig(**{name: getattr(options, name) for name in names})
-    preset = dict(zip(("steps", "batch_size", "learning_rate"), preset_of(data.name), strict=True))
-    given = {name: getattr(options, name) for name in preset}
-    sizes = {**preset, **{name: value for name, value in given.items() if value is not None}}
-    kept = ("grad_clip", "ema_decay", "sample_every", "checkpoint_every", "mesh", "launch")
-    config = Config(
-        base=options.base,
-        run_dir=options.run_dir or str(Path(options.base) / "distill" / options.method),
-        data=data,
-        network=there.network,
-        distill=chosen,
-        warmup_steps=max(min(100, sizes["steps"] - 1), 0),
-        seed=there.seed if options.seed is None else options.seed,
-        log_every=20,
-        **sizes,
-        **{name: getattr(options, name) for name in kept},
-    )
+    known = derived(options, PRESETS, folder=f"distill/{options.method}", warmup=100)
+    config = Config(distill=chosen_of(DistillConfig, options), **known)
     config.check()
-    return dataclasses.replace(config, evaluation=evaluation_of(config, there, options))
-
-
-def evaluation_of(config: Config, there: RunConfig, options: Options) -> EvaluationConfig:
-    """How the student is sampled at the end, and by `train.sample`: one evaluation."""
-    sampling = sampling_of(config, 1, load_model(there).model)
-    given = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(SamplingConfig)}
-    base = there.evaluation
-    return dataclasses.replace(
-        base,
-        **given,
-        num_samples=options.num_samples,
-        classifier_steps=base.classifier_steps or EvaluationConfig.classifier_steps,
-    )
+    # How it is sampled at the end, and by train.sample: one evaluation.
+    base = load_model(load_config(config.base, RunConfig)).model
+    evaluation = evaluated(config.base, sampling_of(config, 1, base), options.num_samples)
+    return dataclasses.replace(config, evaluation=evaluation)
 
 
 def sampling_of(config: Config, steps: int, base: Denoiser) -> SamplingConfig:

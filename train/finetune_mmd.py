@@ -27,6 +27,7 @@ from train.core.config import (
     load_config,
 )
 from train.core.data import DataInfo, build_sources
+from train.core.derived import chosen_of, data_of
 from train.core.evaluation import classifiable, features_by
 from train.finetuning import recipe
 from train.finetuning.recipe import Config, MMDConfig
@@ -96,11 +97,8 @@ class Options:
 
 def configured(options: Options) -> Config:
     """The configuration of the tuned run."""
-    there = load_config(options.base, RunConfig)
-    data = there.data
-    if options.data_path is not None:
-        data = dataclasses.replace(data, path=options.data_path)
-    mmd = MMDConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(MMDConfig)})
+    data = data_of(load_config(options.base, RunConfig), options.data_path)
+    mmd = chosen_of(MMDConfig, options)
     run_dir = options.run_dir or str(Path(options.base) / "mmd")
     shared = ("steps", "batch_size", "learning_rate", "grad_clip", "ema_decay", "seed")
     shared += ("sample_every", "checkpoint_every", "mesh", "launch")

@@ -33,7 +33,6 @@ from jaxdiff.training import (
 from train.core import figures, runner
 from train.core.building import build_optimizer
 from train.core.config import (
-    EvaluationConfig,
     LaunchConfig,
     MeshConfig,
     RunConfig,
@@ -42,6 +41,7 @@ from train.core.config import (
     save_config,
 )
 from train.core.data import DataInfo, build_sources
+from train.core.derived import chosen_of, derived, evaluated
 from train.core.sampling import load_model
 from train.distilling.recipe import start_of
 from train.unlearning.data import check_forget, joined, split
@@ -131,41 +131,14 @@ class Options:
 
 def configured(options: Options) -> Config:
     """The configuration of the run."""
-    there = load_config(options.base, RunConfig)
-    data = there.data
-    if options.data_path is not None:
-        data = dataclasses.replace(data, path=options.data_path)
-    names = [f.name for f in dataclasses.fields(UnlearnConfig)]
-    chosen = UnlearnConfig(**{name: getattr(options, name) for name in names})
-    preset = PRESETS.get(data.name, PRESETS["cifar10" if data.name == "folder" else "toy"])
-    own = dict(zip(("steps", "batch_size", "learning_rate"), preset, strict=True))
-    given = {name: getattr(options, name) for name in own}
-    sizes = {**own, **{name: value for name, value in given.items() if value is not None}}
-    kept = ("grad_clip", "ema_decay", "sample_every", "checkpoint_every", "mesh", "launch")
     folder = options.method.replace(", ", "-").replace(" ", "-")
-    config = Config(
-        base=options.base,
-        run_dir=options.run_dir or str(Path(options.base) / "unlearn" / folder),
-        data=data,
-        network=there.network,
-        unlearn=chosen,
-        warmup_steps=max(min(20, sizes["steps"] - 1), 0),
-        seed=there.seed if options.seed is None else options.seed,
-        log_every=20,
-        **sizes,
-        **{name: getattr(options, name) for name in kept},
-    )
+    known = derived(options, PRESETS, folder=f"unlearn/{folder}", warmup=20)
+    config = Config(unlearn=chosen_of(UnlearnConfig, options), **known)
     config.check()
-    sampling = sampling_of(config, load_model(there).model, options.sampling_steps)
-    return dataclasses.replace(
-        config,
-        evaluation=dataclasses.replace(
-            there.evaluation,
-            **{f.name: getattr(sampling, f.name) for f in dataclasses.fields(SamplingConfig)},
-            num_samples=options.num_samples,
-            classifier_steps=there.evaluation.classifier_steps or EvaluationConfig.classifier_steps,
-        ),
-    )
+    base = load_model(load_config(config.base, RunConfig)).model
+    sampling = sampling_of(config, base, options.sampling_steps)
+    evaluation = evaluated(config.base, sampling, options.num_samples)
+    return dataclasses.replace(config, evaluation=evaluation)
 
 
 def sampling_of(config: Config, base: Denoiser, steps: int) -> SamplingConfig:

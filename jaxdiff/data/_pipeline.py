@@ -46,7 +46,8 @@ def make_loader(
         source: any random-access source; the library's own are read a whole batch at a time.
         batch_size: B, the global batch size, a multiple of `process_count`.
         seed: in [0, 2^32); fixes order and flips.
-        flip: mirror each image left to right with probability 1/2.
+        flip: mirror each image left to right with probability 1/2, and with it whatever else of its
+            example has its shape, such as the noise that it was made of.
         shuffle: reshuffle every epoch; the order of the source otherwise.
         num_epochs: None for ever.
         process_index: which part to yield; `jax.process_index()` if None.
@@ -125,7 +126,9 @@ class Loader:
             if self.flip:
                 flipped = flips(places)
                 # In place, on a fresh batch: three times as fast as choosing between two copies.
-                examples["x"][flipped] = examples["x"][flipped, :, ::-1]
+                for leaf in jax.tree.leaves(examples):
+                    if leaf.shape[1:] == source.event_shape:
+                        leaf[flipped] = leaf[flipped, :, ::-1]
             return examples
 
         stream = sys.maxsize if self.num_epochs is None else self.num_epochs * count

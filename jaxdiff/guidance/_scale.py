@@ -107,6 +107,19 @@ class CosineScale(ScaleSchedule):
         return jnp.maximum(1 + (self.scale - 1) * (1 + jnp.cos(jnp.pi * u)), self.least)
 
 
+def check_null_cond(null_cond: PyTree) -> None:
+    """Reject None, which would replace nothing.
+
+    Raises:
+        ValueError: for it.
+    """
+    if null_cond is None:
+        raise ValueError(
+            "`null_cond` must be the condition that means none, got None. Pass e.g. the number of "
+            "classes, as in training."
+        )
+
+
 class WithNull(DenoiserMap):
     """Base of the maps that look at one denoiser under its condition, and under none."""
 
@@ -114,11 +127,7 @@ class WithNull(DenoiserMap):
     null_cond: eqx.AbstractVar[PyTree]
 
     def __check_init__(self):
-        if self.null_cond is None:
-            raise ValueError(
-                "`null_cond` must be the condition that means none, got None. Pass e.g. the "
-                "number of classes, as in training."
-            )
+        check_null_cond(self.null_cond)
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`; the null condition too."""

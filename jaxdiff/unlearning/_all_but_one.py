@@ -9,10 +9,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
+from jaxdiff.guidance._scale import check_null_cond
 from jaxdiff.losses import Uniform, Weighting
 from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.unlearning._shared import asked, forget_of, replaced
-from jaxdiff.unlearning._states import OnTrajectory, States
+from jaxdiff.unlearning._states import OnTrajectory, States, check_states
 
 
 class AllButOne(eqx.Module):
@@ -49,10 +50,10 @@ class AllButOne(eqx.Module):
     weighting: Weighting = Uniform()
 
     def __check_init__(self):
+        check_null_cond(self.null_cond)
         check_number("preserve", self.preserve, least=0.0)
         check_kind("weighting", self.weighting, Weighting, "losses.Uniform()")
-        if self.states is not None:
-            check_kind("states", self.states, States, "unlearning.NoisedExamples()")
+        check_states(self.states)
 
     def __call__(
         self, model: Denoiser, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any

@@ -1,5 +1,6 @@
 """Two losses of one model: their sum, or one that gives way to the other."""
 
+from abc import abstractmethod
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
+from jaxdiff.losses._batch import wide
 
 
 class Both(eqx.Module):
@@ -58,9 +60,9 @@ def _dot(a: PyTree, b: PyTree) -> Array:
 class _TwoGradients(Both):
     """Base: the gradients of both, and a rule for what becomes of them."""
 
+    @abstractmethod
     def combine(self, forget: PyTree, retain: PyTree) -> PyTree:
         """The gradient of an update, of those of both losses, models with gradients for weights."""
-        raise NotImplementedError
 
     def gradient(
         self, model: PyTree, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any
@@ -112,7 +114,9 @@ class EraseDiff(_TwoGradients):
         square = _dot(forget, forget)
         along = self.weight * _dot(retain, forget) / jnp.where(square > 0, square, 1)
         share = jnp.maximum(0, self.rate - along)
-        return jax.tree.map(lambda f, r: self.weight * r + share * f, forget, retain)
+        return jax.tree.map(
+            lambda f, r: (self.weight * r + share * f).astype(f.dtype), forget, retain
+        )
 
 
 class GradientSurgery(_TwoGradients):
@@ -138,8 +142,8 @@ class GradientSurgery(_TwoGradients):
         """See above."""
 
         def projected(f, r):
-            inner, square = jnp.vdot(f, r), jnp.vdot(r, r)
+            inner, square = jnp.vdot(wide(f), wide(r)), jnp.vdot(wide(r), wide(r))
             opposed = jnp.minimum(inner, 0) / jnp.where(square > 0, square, 1)
-            return self.weight * r + f - opposed * r
+            return (self.weight * r + f - opposed * r).astype(f.dtype)
 
         return jax.tree.map(projected, forget, retain)

@@ -10,10 +10,11 @@ from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.guidance import ClassifierFree
+from jaxdiff.guidance._scale import check_null_cond
 from jaxdiff.losses import Uniform, Weighting
 from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.unlearning._shared import asked, forget_of
-from jaxdiff.unlearning._states import OnTrajectory, States
+from jaxdiff.unlearning._states import OnTrajectory, States, check_states
 
 
 class ErasedConcepts(eqx.Module):
@@ -55,10 +56,10 @@ class ErasedConcepts(eqx.Module):
     weighting: Weighting = Uniform()
 
     def __check_init__(self):
+        check_null_cond(self.null_cond)
         check_number("scale", self.scale)
         check_kind("weighting", self.weighting, Weighting, "losses.Uniform()")
-        if self.states is not None:
-            check_kind("states", self.states, States, "unlearning.NoisedExamples()")
+        check_states(self.states)
 
     def target(self, teacher: Denoiser) -> Denoiser:
         """The denoiser that is learned under a forgotten condition."""

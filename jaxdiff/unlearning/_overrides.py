@@ -2,13 +2,16 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_count
+from jaxdiff._tree import is_known
 from jaxdiff.conditions import as_entries, from_entries
 from jaxdiff.unlearning._shared import replaced
 
@@ -27,6 +30,17 @@ class Override(eqx.Module):
         """
 
 
+def _as_labels(labels: Any) -> Array:
+    found = jnp.asarray(labels)
+    if found.ndim != 1 or not found.size or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ValueError(
+            f"`labels` must be classes, integers (k,), got {found.dtype} of shape {found.shape}."
+        )
+    if is_known(found) and (np.asarray(found) < 0).any():
+        raise ValueError(f"`labels` must be classes, none below 0, got {np.asarray(found)}.")
+    return found
+
+
 class Always(Override):
     """One and the same condition, such as an anchor concept, or the condition of nothing.
 
@@ -35,6 +49,12 @@ class Always(Override):
     """
 
     cond: PyTree
+
+    def __check_init__(self):
+        if self.cond is None:
+            raise ValueError(
+                "`cond` must be what is said instead, got None, which replaces nothing."
+            )
 
     def __call__(self, key: PRNGKeyArray, cond: PyTree, x: Array) -> PyTree:
         """See `Override`."""
@@ -54,7 +74,7 @@ class AnyOf(Override):
         labels: integers `(k,)`, those that are kept.
     """
 
-    labels: Array = eqx.field(converter=jnp.asarray)
+    labels: Array = eqx.field(converter=_as_labels)
 
     def __call__(self, key: PRNGKeyArray, cond: PyTree, x: Array) -> PyTree:
         """See `Override`."""
@@ -93,7 +113,7 @@ class MostAlike(Override):
     """
 
     classifier: Callable[[Array], Array]
-    labels: Array = eqx.field(converter=jnp.asarray)
+    labels: Array = eqx.field(converter=_as_labels)
 
     def __check_init__(self):
         check_callable("classifier", self.classifier, "a network of images to logits")

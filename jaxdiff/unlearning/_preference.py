@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
+from jaxdiff.guidance._scale import check_null_cond
 from jaxdiff.losses import TimeLaw, Uniform, UniformTime, Weighting, stratified_uniform
 from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.predictions import X0
@@ -34,7 +35,7 @@ class PreferenceLoss(eqx.Module):
     Args:
         beta: how far from the teacher; the paper's 100 to 2000 for mean squares.
         preserve: factor on the second term, >= 0; the paper's 1e4 beta.
-        null_cond: the condition that means "none"; None for a model without conditions.
+        null_cond: the condition that means "none"; needed with `preserve` above 0.
         weighting: factor on errors in x0.
         time_law: law of the time; the paper's ends at 3/4 of the horizon.
 
@@ -56,6 +57,8 @@ class PreferenceLoss(eqx.Module):
     def __check_init__(self):
         check_number("beta", self.beta, above=0.0)
         check_number("preserve", self.preserve, least=0.0)
+        if not (isinstance(self.preserve, float) and self.preserve == 0):
+            check_null_cond(self.null_cond)
         check_kind("weighting", self.weighting, Weighting, "losses.Uniform()")
         check_kind("time_law", self.time_law, TimeLaw, "losses.UniformTime()")
 
@@ -110,9 +113,7 @@ class PreferenceLoss(eqx.Module):
             return process.prior(own, x.shape[1:], end[0], x.dtype)
 
         z = jax.vmap(prior)(jnp.arange(len(x)))
-        none = cond
-        if self.null_cond is not None:
-            none = replaced(cond, self.null_cond)
+        none = cond if self.null_cond is None else replaced(cond, self.null_cond)
         held = Seen(z, end, jnp.ones_like(end))
         same = jax.lax.stop_gradient(asked(teacher, z, end, none))
         moved = held.error(Uniform(X0()), model, asked(model, z, end, none) - same).mean()

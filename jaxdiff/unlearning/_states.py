@@ -37,6 +37,12 @@ class States(eqx.Module):
         """
 
 
+def check_states(states: States | None) -> None:
+    """Reject what are neither states nor None, which stands for those of sampling."""
+    if states is not None:
+        check_kind("states", states, States, "unlearning.NoisedExamples()")
+
+
 class NoisedExamples(States):
     """The batch's own examples, noised: data are needed, and no pass of a network.
 

@@ -132,7 +132,7 @@ MAPS = {
         lambda base: guidance.SafeLatent(base, 2, 0, 2.0, 1.0, safety=2.0, threshold=0.1), 15, 5,
     ),
     "PosteriorOdds": (
-        lambda base: guidance.PosteriorOdds(base, 0, jax.tree_util.Partial(odds)), 10, 5,
+        lambda base: guidance.PosteriorOdds(base, 0, jax.tree_util.Partial(odds), 0.5), 10, 5,
     ),
     "NegativePrompt": (lambda base: guidance.NegativePrompt(base, 2.0), 10, 5),
     "Conditioned": (

@@ -146,6 +146,19 @@ def test_wrong_arguments():
     del pairs["forget"]["safe"]
     with pytest.raises(ValueError, match="must have a safe version of every example"):
         unlearning.PreferenceLoss()(model, KEY, pairs, frozen)
+    for kind in (
+        unlearning.AllButOne, unlearning.AntiEditing, unlearning.ErasedConcepts,
+        unlearning.SafeSelfDistillation,
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="`null_cond` must be the condition that means none"):
+            kind(None, states=SEEN)
+    with pytest.raises(ValueError, match="`null_cond` must be the condition that means none"):
+        unlearning.PreferenceLoss(preserve=1.0)
+    with pytest.raises(ValueError, match="`cond` must be what is said instead, got None"):
+        unlearning.Always(None)
+    for labels in ([1.5], [], [[1]], [-1]):
+        with pytest.raises(ValueError, match="`labels` must be classes"):
+            unlearning.AnyOf(labels)
     with pytest.raises(TypeError, match="`matching` must be"):
         unlearning.ScoreForgetting(unlearning.Always(1), losses.DenoisingLoss())
     with pytest.raises(ValueError, match="`most`"):

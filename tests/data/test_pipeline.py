@@ -239,3 +239,23 @@ def test_importing_the_package_imports_no_reader():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_belongs_to_an_image_is_mirrored_with_it():
+    """Noise that it was made of, and another image beside it; a label or a vector never."""
+
+    class Beside:
+        event_shape, num_classes = (2, 3, 1), 20
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            x = np.arange(6, dtype=np.float32).reshape(2, 3, 1) + 10 * index
+            return {"x": x, "noise": -x, "cond": np.int32(index), "forget": {"x": x + 1}}
+
+    batch = next(iter(make_loader(Beside(), 20, seed=0, flip=True)))
+    np.testing.assert_array_equal(batch["noise"], -batch["x"])
+    np.testing.assert_array_equal(batch["forget"]["x"], batch["x"] + 1)
+    turned = batch["x"][:, 0, 0, 0] != 10 * batch["cond"]
+    assert 0 < turned.sum() < 20

@@ -118,6 +118,8 @@ def test_a_student_of_every_scale_is_distilled_again(digits):
     base, info = load_run(digits).model, DataInfo.of(source)
     with pytest.raises(ValueError, match="`base` must be told the scale of guidance for 'progre"):
         Parts(config, base, info)
+    with pytest.raises(ValueError, match="`base` must be a run of train.pretrain, .* got Jump"):
+        Parts(config, Jump(base), info)
     told = dataclasses.replace(base, network=networks.with_scalars(base.network, "scale"))
     players = config.method.build(Parts(config, told, info))
     assert sampling.is_told(players["student"].model, info)

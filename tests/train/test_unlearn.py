@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.denoiser import Denoiser
+from jaxdiff.distillation import Jump
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.training import (
     CheckpointStore,
@@ -165,6 +166,9 @@ def test_what_cannot_be_forgotten_is_refused_before_any_work(digits, tmp_path):
         with pytest.raises(ValueError, match=said):
             unlearn.main(Options(digits, run_dir=str(tmp_path / "run"), **{**TINY, **changes}))
         assert not (tmp_path / "run").exists()
+    parts, kept, forget = parts_of(digits, method="salun")
+    with pytest.raises(ValueError, match="`base` must be a run of train.pretrain, .* got Jump"):
+        Parts(parts.config, Jump(parts.base), parts.info, kept, forget)
     toy, _ = build_sources(dataclasses.replace(configured(Options(digits)).data, name="two_moons"))
     with pytest.raises(ValueError, match="`base` must be a run on data of classes"):
         check_forget(toy, (0,))

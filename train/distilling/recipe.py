@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -16,8 +15,8 @@ from jaxdiff.denoiser import Denoiser, NetworkDenoiser, TimeLabel, reading
 from jaxdiff.networks import tap_names, with_scalars
 from jaxdiff.training import Follow, Player
 from train.core.building import build_average, build_optimizer
-from train.core.config import RunConfig
 from train.core.data import DataInfo
+from train.core.derived import DerivedConfig, check_denoising
 from train.core.sampling import guided, is_told
 
 END = "end"  # the entry by which a student is told where to
@@ -51,21 +50,14 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
+class Config(DerivedConfig):
     """A distilled run.
 
     Attributes:
-        base: directory of the teacher.
         distill: how.
     """
 
-    base: str = ""
     distill: DistillConfig = DistillConfig()
-
-    @property
-    def shared_dir(self) -> Path:
-        """Classifiers are the base run's, for all students of it."""
-        return Path(self.base)
 
     @property
     def method(self) -> "Method":
@@ -125,6 +117,7 @@ class Parts:
 
     def __init__(self, config: Config, base: NetworkDenoiser, info: DataInfo):
         self.config, self.info, self.chosen = config, info, config.distill
+        check_denoising(base)
         self.base, self.told = config.method.seen(base), is_told(base, info)
         scale = self.chosen.guidance_scale
         twice = config.method.again

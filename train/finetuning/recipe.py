@@ -15,6 +15,7 @@ from train.core.building import build_average, build_optimizer
 from train.core.classifiers import load_classifier
 from train.core.config import EvaluationConfig, RunConfig, SamplingConfig, SolverName, load_config
 from train.core.data import DataInfo, Source
+from train.core.derived import DerivedConfig
 from train.core.evaluation import classifiable, features_by
 from train.core.sampling import build_solver, build_times, guided, load_model
 
@@ -53,21 +54,14 @@ class MMDConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
+class Config(DerivedConfig):
     """A tuned run.
 
     Attributes:
-        base: directory of the run that is tuned.
         mmd: how.
     """
 
-    base: str = ""
     mmd: MMDConfig = MMDConfig()
-
-    @property
-    def shared_dir(self) -> Path:
-        """Classifiers are the base run's, for all that are tuned from it."""
-        return Path(self.base)
 
     def check(self) -> None:
         """Refuse numbers that make no run, before any work."""

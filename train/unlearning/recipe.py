@@ -7,7 +7,6 @@ and no class; `noisy_descent`, whose guarantee is for a model that was trained w
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -20,8 +19,8 @@ from jaxdiff.data import ArraySource, make_loader
 from jaxdiff.denoiser import Denoiser, NetworkDenoiser
 from jaxdiff.training import Player, init_train_state, make_train_step
 from train.core.building import build_average, build_optimizer
-from train.core.config import RunConfig
 from train.core.data import DataInfo
+from train.core.derived import DerivedConfig, check_denoising
 from train.distilling.recipe import start_of
 
 
@@ -57,21 +56,14 @@ class UnlearnConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
+class Config(DerivedConfig):
     """An unlearned run.
 
     Attributes:
-        base: directory of the model.
         unlearn: how.
     """
 
-    base: str = ""
     unlearn: UnlearnConfig = UnlearnConfig()
-
-    @property
-    def shared_dir(self) -> Path:
-        """Classifiers are the base run's."""
-        return Path(self.base)
 
     @property
     def method(self) -> "Method":
@@ -132,6 +124,7 @@ class Parts:
         forget: ArraySource,
         generator: Any = None,
     ):
+        check_denoising(base)
         self.config, self.base, self.info = config, base, info
         self.kept, self.forget, self.chosen = kept, forget, config.unlearn
         self.generator = distillation.Jump(base) if generator is None else generator
