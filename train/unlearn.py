@@ -56,7 +56,7 @@ PRESETS = {
     "cifar10": (2000, 128, 1e-5),
 }
 TITLES = {
-    "forgotten": ("still forgotten's", "{:.1%}"),
+    "forgotten": ("still of the class", "{:.1%}"),
     "posterior": ("posterior", "{:.3f}"),
     "forgotten at 3": ("at scale 3", "{:.1%}"),
     "forgotten at 7.5": ("at 7.5", "{:.1%}"),
