@@ -164,12 +164,15 @@ def unlearn(config: Config) -> tuple[Denoiser | FlowMap, Denoiser, Judge, float]
     begun = time.perf_counter()
     if method.kind == "edit":
         model = method.build(parts)
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         players = {"model": Player(model, parts.denoising, build_optimizer(config))}
-        save_config(config)
-        save_model(config.run_dir, players, **dataclasses.asdict(info))
-        state = init_train_state(players, jax.random.key(config.seed))
-        CheckpointStore(Path(config.run_dir) / "checkpoints").save(state.unpack(), step=1)
+        if parallel.is_first():
+            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            save_config(config)
+            save_model(config.run_dir, players, **dataclasses.asdict(info))
+        store = CheckpointStore(Path(config.run_dir) / "checkpoints")
+        if not store.steps():  # made again, it is the same
+            state = init_train_state(players, jax.random.key(config.seed))
+            store.save(state.unpack(), step=1)
         return model, base, judge, time.perf_counter() - begun
     state = runner.train(
         config,

@@ -24,7 +24,13 @@ def _fused(batch: dict[str, Any], retain: Number, forget: Number) -> tuple[dict,
     """Retained rows, then forgotten ones, and weights whose mean is the sum of both means."""
     check_batch(batch)
     rows = forget_of(batch)
-    parts = ({name: part.get(name) for name in ("x", "cond")} for part in (batch, rows))
+    parts = [{name: part.get(name) for name in ("x", "cond")} for part in (batch, rows)]
+    kept, other = (jax.tree.structure(part["cond"]) for part in parts)
+    if kept != other:
+        raise ValueError(
+            "`batch` must have conditions of one form for what is kept and what is forgotten, got "
+            f"{kept} and {other}."
+        )
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), *parts)
     n, m = len(batch["x"]), len(rows["x"])
     weights = jnp.full(n, retain * (n + m) / n), jnp.full(m, forget * (n + m) / m)

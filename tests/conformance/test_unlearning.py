@@ -156,6 +156,10 @@ def test_wrong_arguments():
         unlearning.PreferenceLoss(preserve=1.0)
     with pytest.raises(ValueError, match="`cond` must be what is said instead, got None"):
         unlearning.Always(None)
+    forgetting = unlearning.ScoreForgetting(unlearning.Always(1))
+    bare = {name: leaf for name, leaf in batch().items() if name != "cond"}
+    with pytest.raises(ValueError, match="conditions of one form for what is kept and what is"):
+        forgetting(distillation.Jump(model), KEY, bare, frozen)
     for labels in ([1.5], [], [[1]], [-1]):
         with pytest.raises(ValueError, match="`labels` must be classes"):
             unlearning.AnyOf(labels)

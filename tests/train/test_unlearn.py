@@ -139,6 +139,19 @@ def test_a_benchmark_goes_on_and_says_what_was_found(digits, tmp_path):
             benchmark_unlearning.main(dataclasses.replace(plan, **changes))
 
 
+def test_an_edit_is_kept_as_a_run_and_made_again(digits, tmp_path):
+    options = Options(
+        digits, run_dir=str(tmp_path / "run"), method="renamed", override=8, attack_updates=0,
+        **TINY,
+    )  # fmt: skip
+    for _ in range(2):
+        unlearn.unlearn(configured(options))
+    table = lambda path: load_run(path).model.network.embedding.classes.embedding[...]
+    new, old = table(tmp_path / "run"), table(digits)
+    np.testing.assert_array_equal(new[0], old[8])
+    np.testing.assert_array_equal(new[1:], old[1:])
+
+
 def test_steps_and_ranks_in_closed_form():
     assert steps_to_half({0: 0.6}) == 0 and steps_to_half({0: 0.1, 5: 0.4}) == np.inf
     assert steps_to_half({0: 0.0, 1: 0.5, 2: 1.0}) == pytest.approx(1)
