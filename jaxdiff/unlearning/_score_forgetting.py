@@ -25,7 +25,8 @@ def _fused(batch: dict[str, Any], retain: Number, forget: Number) -> tuple[dict,
     check_batch(batch)
     rows = forget_of(batch)
     parts = [{name: part.get(name) for name in ("x", "cond")} for part in (batch, rows)]
-    kept, other = (jax.tree.structure(part["cond"]) for part in parts)
+    structures: list[Any] = [jax.tree.structure(part["cond"]) for part in parts]
+    kept, other = structures
     if kept != other:
         raise ValueError(
             "`batch` must have conditions of one form for what is kept and what is forgotten, got "
