@@ -80,6 +80,7 @@ REQUIRED = {
     "numbers": lambda: jnp.zeros(4),
     "bank": lambda: distillation.TrajectoryBank.empty({"x": jnp.zeros((2, 3))}),
     "Balanced.loss": lambda: distillation.ConsistencyTrajectory(),
+    "PreferenceLoss.null_cond": lambda: 0,
     "SingleTrajectoryCritic.loss": lambda: distillation.SingleTrajectory(REQUIRED["bank"]()),
 }
 
@@ -98,11 +99,13 @@ def classes():
 def build(kind, **given):
     for field in dataclasses.fields(kind):
         default = (field.default, field.default_factory)
-        if field.init and default == (dataclasses.MISSING,) * 2 and field.name not in given:
+        own = f"{kind.__name__}.{field.name}"
+        required = field.init and default == (dataclasses.MISSING,) * 2
+        if (required or own in REQUIRED) and field.name not in given:
             given[field.name] = (
                 solvers.DDIM()
                 if issubclass(kind, solvers.DiffusionSolver) and field.name == "base"
-                else REQUIRED.get(f"{kind.__name__}.{field.name}", REQUIRED.get(field.name))()
+                else REQUIRED.get(own, REQUIRED.get(field.name))()
             )
     return kind(**given)
 
