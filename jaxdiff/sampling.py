@@ -443,8 +443,8 @@ def sample(
     kind: Any = type(denoiser)
     kind.check_cond(denoiser, cond)
     check_scalars(denoiser, solver)
-    if isinstance(solver, PopulationSolver):
-        solver.check_populations(cond)
+    if isinstance(solver, DiffusionSolver):
+        solver.check_cond(cond)
     if is_known(first_index):
         check_count("first_index", first_index, least=0)
     options = _Options(solver, stepsize_controller, adjoint, saveat, last_k)
@@ -633,8 +633,8 @@ def _run(
     split = _split_of(x)
     if split is not None:
         check_no_host(model, solver)
-    if isinstance(solver, PopulationSolver):
-        solver.check_populations(cond)
+    if isinstance(solver, DiffusionSolver):
+        solver.check_cond(cond)
     times = resolve_grid(model, times, solver, count, increasing=direction == 1)
     _check_last_k(options.last_k, times)
     _check_saved(options.saveat, times)

@@ -48,11 +48,17 @@ class EditedBetween(DenoiserMap):
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
         """See `Denoiser`."""
-        return jax.lax.cond(
-            (t >= self.t_low) & (t <= self.t_high),
-            lambda: self.edited.estimate(x, t, cond, key=key),
-            lambda: self.base.estimate(x, t, cond, key=key),
-        )
+        children = [
+            lambda d=d: d.estimate(x, t, cond, key=key) for d in (self.edited, self.base)
+        ]
+        # Where one states its noise and the other leaves it to x0, both state it.
+        stated = {eqx.filter_eval_shape(child).eps is not None for child in children}
+        if len(stated) == 2:
+            children = [lambda c=c: self._stated(c(), x, t) for c in children]
+        return jax.lax.cond((t >= self.t_low) & (t <= self.t_high), *children)
+
+    def _stated(self, found: Estimate, x: Array, t: Array) -> Estimate:
+        return found.replace(eps=found.noise(self.process, x, t).astype(x.dtype))
 
 
 class TimedOffset(DenoiserMap):

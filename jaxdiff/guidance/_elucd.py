@@ -255,6 +255,11 @@ class EluCDSteps(SolverWrapper):
         for name in ("scale", "sine", "tau1", "tau2"):
             check_number(name, getattr(self, name))
 
+    def check_cond(self, cond: PyTree) -> None:
+        """See `DiffusionSolver`; the class too, of a classifier that says how many it has."""
+        super().check_cond(cond)
+        check_classes(as_entries(cond).get("y"), num_classes_of(self.logits))
+
     def own_plan(self, problem: Problem) -> Array:
         """w of every step, `(num_steps,)`."""
         steps = problem.num_steps

@@ -51,7 +51,8 @@ class TwistedSMC(PopulationSolver):
     samples count alike. As size grows they tend to the law p(x0) f(y | x0) of the discretised
     chain, whatever the twist; exp of `Solution.memory.log_evidence` has the expectation
     E f(y | x0) under that chain for any size. Where a kernel has no width, as in a step to
-    sigma = 0, particles take the base's own.
+    sigma = 0, particles take the base's own. Where no particle has f > 0 the population goes on as
+    it is, and its `log_evidence` is -inf.
 
     Args:
         base: a solver that draws from a Gaussian kernel.
@@ -83,8 +84,9 @@ class TwistedSMC(PopulationSolver):
         check_number("threshold", self.threshold, least=0.0, most=1.0)
         check_kernel(self, self.base)
 
-    def check_populations(self, cond: PyTree) -> None:
-        """See `PopulationSolver`: particles of a population have one condition."""
+    def check_cond(self, cond: PyTree) -> None:
+        """See `DiffusionSolver`: particles of a population have one condition."""
+        super().check_cond(cond)
         for leaf in jax.tree.leaves(cond):
             if is_known(leaf) and len(leaf) % self.size == 0:
                 groups = np.asarray(leaf).reshape(-1, self.size, *np.shape(leaf)[1:])
@@ -214,6 +216,8 @@ def resample(
 
     Returns:
         Indices of those who go on, their log-weights, and the log-evidence.
+
+    Of no weight at all every particle goes on, with an evidence of 0.
     """
     size = len(log_weight)
     ends = jnp.cumsum(jax.nn.softmax(log_weight))
@@ -221,6 +225,7 @@ def resample(
     # Rounding may leave the last end below the last mark.
     drawn = jnp.minimum(jnp.searchsorted(ends, marks), size - 1)
     mean = jax.nn.logsumexp(log_weight) - jnp.log(float(size))
+    drawn = jnp.where(mean == -jnp.inf, jnp.arange(size), drawn)
     return (
         jnp.where(wanted, drawn, jnp.arange(size)),
         jnp.where(wanted, 0, log_weight),

@@ -247,6 +247,14 @@ class DiffusionSolver(diffrax.AbstractSolver):
         del memory
         check_noisy_start(type(self), process, times)
 
+    def check_cond(self, cond: PyTree) -> None:
+        """Reject conditions of a batch, those it passes on among them, that are known to be wrong.
+
+        Raises:
+            ValueError: for e.g. a class that there is not.
+        """
+        del cond
+
     def take(self, problem: Problem, x: Array, step: Step) -> Moved:
         """A step of its own: maps inside the denoiser are told of it."""
         known = dataclasses.replace(problem, denoiser=at_step(problem.denoiser, step))

@@ -46,13 +46,9 @@ class PopulationSolver(DiffusionSolver):
         check_base(self, self.base)
         check_count("size", self.size, instead="A population of 1 is a sampler by itself.")
 
-    def check_populations(self, cond: PyTree) -> None:
-        """Reject conditions of a batch that do not make populations, where they are known.
-
-        Raises:
-            ValueError: where particles must share what they do not.
-        """
-        del cond
+    def check_cond(self, cond: PyTree) -> None:
+        """The base's; a population whose particles must share something refuses others here."""
+        self.base.check_cond(cond)
 
     @property
     def stochastic(self) -> bool:

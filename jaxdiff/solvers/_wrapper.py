@@ -99,6 +99,10 @@ class SolverWrapper(DiffusionSolver):
         """The base's."""
         self.base.check_start(process, times, memory)
 
+    def check_cond(self, cond: PyTree) -> None:
+        """The base's."""
+        self.base.check_cond(cond)
+
     def move_base(self, problem: Problem, x: Array, step: Step) -> Moved:
         """The base's step, as part of this one."""
         step = dataclasses.replace(step, plan=step.plan.base)

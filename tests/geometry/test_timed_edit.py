@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Counting, gaussian
+from cases import Counting, gaussian, mixture
 from geometry.linear import linear_denoiser
 
 import jaxdiff
@@ -13,7 +13,7 @@ from jaxdiff import processes, solvers
 from jaxdiff.denoiser import Clipped, edit_taps, find_network
 from jaxdiff.geometry._features import Offset, TapFeature
 from jaxdiff.geometry._timed_edit import EditedBetween, TimedOffset
-from jaxdiff.guidance import ClassifierFree
+from jaxdiff.guidance import CFGPlusPlus, ClassifierFree
 
 
 def recursion(denoiser, x, times, offset):
@@ -57,6 +57,18 @@ def test_only_the_denoiser_in_use_is_evaluated():
     guided = ClassifierFree(base, null_cond=0)
     assert EditedBetween(base, guided).evaluations == 2
     assert EditedBetween(guided, base).evaluations == 2
+
+
+def test_one_that_states_its_noise_beside_one_that_does_not(x64):
+    base = mixture(processes.VP())
+    plus = CFGPlusPlus(base, null_cond=2, scale=0.5)
+    x, times = jax.random.normal(jax.random.key(0), (2, 2)), jnp.asarray(TIMES)
+    cond = jnp.asarray([0, 1])
+    run = lambda d: jaxdiff.denoise(jax.random.key(1), d, x, times=times, cond=cond).x
+    for timed in (EditedBetween(base, plus), EditedBetween(plus, base, 2.0)):
+        np.testing.assert_allclose(run(timed), run(plus), rtol=1e-12)
+    for timed in (EditedBetween(base, plus, 2.0), EditedBetween(plus, base)):
+        np.testing.assert_allclose(run(timed), run(base), rtol=1e-12)
 
 
 @pytest.mark.parametrize("solver", [solvers.EDMHeun(), diffrax.Heun()], ids=str)

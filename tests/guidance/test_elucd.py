@@ -404,6 +404,12 @@ def test_errors():
         EluCD(laws, Partial(jnp.sum), shift="score")(x, t, {"y": jnp.asarray(0)})
     with pytest.raises(TypeError, match="`logits` must be a function"):
         EluCDSteps(logits=3.0)
+    # Of a whole batch, before anything is drawn; around another solver, too.
+    steps = EluCDSteps(solvers.DDIM(), logits=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    wanted = {"y": jnp.asarray([0, 3])}
+    for solver in (steps, guidance.Recurrence(steps, 2)):
+        with pytest.raises(ValueError, match="`y` must .*at most 2"):
+            jaxdiff.sample(KEY, laws, (2,), 2, solver=solver, times=2, cond=wanted)
     logits, labels = jnp.zeros((4, 2)), jnp.zeros(4, int)
     with pytest.raises(ValueError, match='`bins` must be "width" or "mass"'):
         metrics.calibration_error(logits, labels, bins="other")

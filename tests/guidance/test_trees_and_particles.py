@@ -180,6 +180,23 @@ def test_what_has_no_number_is_the_worst(x64, temperature):
         assert method is decoded or np.all(np.isfinite(x)) and np.all(x[:, 0] <= 1)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_of_a_population_of_no_weight_every_particle_goes_on(x64, threshold):
+    """As without weights, by the same draws; and the one beside it is not touched."""
+    refused = jax.tree_util.Partial(
+        lambda x0, y: jnp.where(y > 0, 0.0, -jnp.inf) * jnp.ones((), x0.dtype) + 0 * x0[0]
+    )
+    solver = guidance.TwistedSMC(size=4, log_prob=refused, threshold=threshold)
+    out = lambda y: jaxdiff.sample(
+        KEY, laws(), (2,), 8, solver=solver, times=TIMES, cond={"y": jnp.repeat(jnp.asarray(y), 4)}
+    )
+    half, whole = out([-1.0, 1.0]), out([1.0, 1.0])
+    assert_allclose(half.x[4:], whole.x[4:], rtol=1e-12)
+    assert len(np.unique(np.asarray(half.x[:4, 0]))) == 4
+    assert np.all(np.isfinite(half.x)) and np.all(half.memory.log_evidence[:4] == -np.inf)
+    assert_allclose(half.memory.log_evidence[4:], 0.0, atol=1e-12)
+
+
 def test_errors():
     with pytest.raises(TypeError, match="`base` of TwistedSMC must draw from a Gaussian kernel"):
         guidance.TwistedSMC(solvers.UniPC(2), log_prob=SEEN)
