@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxdiff._checks import check_callable
+from jaxdiff._checks import check_callable, check_number
+from jaxdiff._tree import Number, number
 from jaxdiff.distillation._jump import check_told
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses._frozen import still
@@ -18,7 +19,18 @@ class Adversarial(eqx.Module):
     """Base: losses of a critic's logits, large where it takes an example for real.
 
     A critic is any callable pytree `(x, t, cond) -> logit`, of one example.
+
+    Args:
+        penalty: gamma of R1, gamma / 2 E |grad_x critic(x)|^2 over real examples, which holds a
+            critic down where both laws agree; >= 0, and 0 costs nothing. A gradient of the critic
+            more: Mescheder, Geiger, Nowozin, "Which Training Methods for GANs do actually
+            Converge?", 2018, arXiv 1801.04406.
     """
+
+    penalty: Number = number(0.0)
+
+    def __check_init__(self):
+        check_number("penalty", self.penalty, least=0.0)
 
     @abstractmethod
     def critic(self, real: Array, fake: Array) -> Array:
@@ -50,6 +62,9 @@ class Hinge(Adversarial):
     **Fixed point**: the critic sign(p - q) of a real law p and a made law q, where its loss is
     2 - 2 TV(p, q).
 
+    Args:
+        penalty: as of `Adversarial`.
+
     Reference: Lim, Ye, "Geometric GAN", 2017, arXiv 1705.02894.
     """
 
@@ -66,6 +81,9 @@ class NonSaturating(Adversarial):
     """log(1 + exp(-real)) + log(1 + exp(fake)), and log(1 + exp(-fake)) for the generator.
 
     **Fixed point**: the critic log p / q, where its loss is 2 log 2 - 2 JS(p, q).
+
+    Args:
+        penalty: as of `Adversarial`.
 
     Reference: Goodfellow et al., "Generative Adversarial Networks", 2014, arXiv 1406.2661, with
     the generator's non-saturating loss.
@@ -157,4 +175,8 @@ def critic_loss(
     x, cond = jax.lax.stop_gradient(both[0]), both[1]
     said = jnp.split(logits(critic, x, jnp.concatenate([t, t]), cond), 2)
     means = {"real": said[0].mean(), "fake": said[1].mean()}
-    return adversarial.critic(*said).mean(), jax.lax.stop_gradient(means)
+    loss = adversarial.critic(*said).mean()
+    if not (isinstance(adversarial.penalty, float) and adversarial.penalty == 0):
+        slopes = jax.vmap(jax.grad(critic))(jax.lax.stop_gradient(real[0]), t, real[1])
+        loss = loss + adversarial.penalty / 2 * jnp.sum(slopes**2) / len(slopes)
+    return loss, jax.lax.stop_gradient(means)

@@ -5,13 +5,17 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, reading
-from jaxdiff.distillation._adversarial import Adversarial, NonSaturating, critic_of, logits
+from jaxdiff.distillation._adversarial import (
+    Adversarial,
+    NonSaturating,
+    critic_loss,
+    critic_of,
+)
 from jaxdiff.distillation._dmd import NormalisedDifference
 from jaxdiff.distillation._generated import (
     begin,
@@ -213,15 +217,12 @@ class CriticLoss(eqx.Module):
         process, x0 = generator.process, batch["x"]
         eps, t = noise_and_times(process, real_key, x0, self.time_law)
         others, _ = noise_and_times(process, fake_key, x0, self.time_law)
-        both = jax.vmap(process.marginal)(
-            jnp.concatenate([x0, made]), jnp.concatenate([eps, others]), jnp.concatenate([t, t])
+        real, fake = (
+            jax.vmap(process.marginal)(x, noise, t).astype(x0.dtype)
+            for x, noise in ((x0, eps), (made, others))
         )
-        told = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), begun.told)
         if isinstance(model, FeatureCritic):
             critic: Any = model.on(still(teacher_of(frozen, generator, "fake")))
         else:
             critic = model
-        found = logits(critic, both.astype(x0.dtype), jnp.concatenate([t, t]), told)
-        real, fake = jnp.split(found, 2)
-        loss = self.adversarial.critic(real, fake).mean()
-        return loss, {"real": real.mean(), "fake": fake.mean()}
+        return critic_loss(critic, self.adversarial, t, (real, begun.told), (fake, begun.told))

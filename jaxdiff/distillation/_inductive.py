@@ -66,6 +66,17 @@ class Groups(eqx.Module):
     keys: PRNGKeyArray
 
 
+def neighbours(cond: PyTree, count: int) -> Array:
+    """The order in which equal integer conditions are side by side, `(count,)`."""
+    columns = [
+        column
+        for leaf in jax.tree.leaves(cond)
+        if jnp.issubdtype(leaf.dtype, jnp.integer)
+        for column in leaf.reshape(count, -1).T
+    ]
+    return jnp.lexsort(columns) if columns else jnp.arange(count)
+
+
 class InductiveMomentMatching(eqx.Module):
     """Squared MMD of y = model(x_t, t, s) and y' = stop_gradient(model(x_r, r, s)), t > r >= s.
 
@@ -76,7 +87,8 @@ class InductiveMomentMatching(eqx.Module):
     with x_r and x_t of the same data and noise. A kernel sees y over the student's own step,
     |c(s, t)| = |alpha_s - alpha_t sigma_s / sigma_t| |c_out(t)| of a prediction, times sigma_data.
     Particles of different conditions do not see one another, so that the law is matched given the
-    condition. No teacher; two passes of the student, one of them without a gradient.
+    condition; a batch is put in the order of its integer conditions first, so that those of a group
+    mostly have one. No teacher; two passes of the student, one of them without a gradient.
 
     **Fixed point**: model(., t, s) carries the noised law at t to that at s, for all t and s, by
     induction from r = s, where y' is x_s itself; which of the maps that do so is left open. At a
@@ -100,7 +112,7 @@ class InductiveMomentMatching(eqx.Module):
         ValueError: when called, for a batch that `particles` does not divide.
 
     Reference: Zhou, Ermon, Song, "Inductive Moment Matching", 2025, arXiv 2503.07565, algorithm 1.
-    The restriction to particles of one condition is ours.
+    The order, and the restriction to particles of one condition, are ours.
     """
 
     particles: int = eqx.field(static=True, default=4)
@@ -135,12 +147,12 @@ class InductiveMomentMatching(eqx.Module):
         return jnp.where(left > 0, jnp.maximum(inside, s), s).astype(t.dtype)
 
     def groups(self, model: FlowMap, key: PRNGKeyArray, batch: dict[str, Any]) -> Groups:
-        """Noised examples of a batch, M neighbours a group.
+        """Noised examples of a batch, M neighbours a group, in the order of integer conditions.
 
         Args:
             model: the student.
             key: typed key; example i draws its noise from a fold_in with i, group g its times from
-                one with g.
+                one with g, in an order that knows nothing of conditions.
             batch: as of a call.
 
         Raises:
@@ -153,8 +165,9 @@ class InductiveMomentMatching(eqx.Module):
                 f"`particles` must divide the batch of {len(x)}, got {size}. Pass a divisor."
             )
         count = len(x) // size
-        law_key, time_key, example_key = jax.random.split(key, 3)
-        t = self.time_law.quantile(process, stratified_uniform(law_key, count)).astype(x.dtype)
+        law_key, time_key, example_key, order_key = jax.random.split(key, 4)
+        levels = jax.random.permutation(order_key, stratified_uniform(law_key, count))
+        t = self.time_law.quantile(process, levels).astype(x.dtype)
         u = jax.vmap(lambda g: jax.random.uniform(jax.random.fold_in(time_key, g)))(
             jnp.arange(count)
         )
@@ -167,10 +180,11 @@ class InductiveMomentMatching(eqx.Module):
             x_t, x_r = (process.marginal(x, eps, time).astype(x.dtype) for time in (t, r))
             return x_t, x_r, own
 
-        times = jnp.repeat(t, size), jnp.repeat(r, size)
-        found = jax.vmap(one)(jnp.arange(len(x)), x, *times)
+        rows = neighbours(batch.get("cond"), len(x))
+        x, cond = jax.tree.map(lambda leaf: leaf[rows], (x, batch.get("cond")))
+        found = jax.vmap(one)(rows, x, jnp.repeat(t, size), jnp.repeat(r, size))
         x_t, x_r, keys, cond = jax.tree.map(
-            lambda leaf: leaf.reshape(count, size, *leaf.shape[1:]), (*found, batch.get("cond"))
+            lambda leaf: leaf.reshape(count, size, *leaf.shape[1:]), (*found, cond)
         )
         return Groups(x_t, x_r, t, r, s, cond, keys)
 

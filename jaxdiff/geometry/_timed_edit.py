@@ -48,9 +48,7 @@ class EditedBetween(DenoiserMap):
         self, x: Array, t: Array, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Estimate:
         """See `Denoiser`."""
-        children = [
-            lambda d=d: d.estimate(x, t, cond, key=key) for d in (self.edited, self.base)
-        ]
+        children = [lambda d=d: d.estimate(x, t, cond, key=key) for d in (self.edited, self.base)]
         # Where one states its noise and the other leaves it to x0, both state it.
         stated = {eqx.filter_eval_shape(child).eps is not None for child in children}
         if len(stated) == 2:

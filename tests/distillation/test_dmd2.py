@@ -119,6 +119,27 @@ def test_a_critic_learns_to_tell_noised_laws_at_one_time(x64):
     assert both["real"] == both["fake"]
 
 
+@pytest.mark.parametrize("kind", [distillation.Hinge, distillation.NonSaturating])
+def test_a_penalty_is_on_the_slope_at_real_examples(x64, kind):
+    """Of x^2 at the time t, where the slope is 2 x: gamma / 2 E (2 x_t)^2, x_t of the data."""
+    process = processes.EDM(0.02, 5.0)
+    generator = law(Affine, process, -0.5, STD)
+    critic = lambda x, t, cond: jnp.sum(x**2)
+    x = MEAN + STD * jax.random.normal(KEY, (64, 1))
+
+    @jax.jit
+    def loss(penalty):
+        value = distillation.CriticLoss(kind(penalty), time_law=Even())
+        return value(critic, KEY, {"x": x}, {"generator": generator})
+
+    plain, means = distillation.CriticLoss(kind(), time_law=Even())(
+        critic, KEY, {"x": x}, {"generator": generator}
+    )
+    value, same = loss(0.3)
+    np.testing.assert_allclose(same["real"], means["real"], rtol=1e-12)
+    np.testing.assert_allclose(value - plain, 0.15 * 4 * means["real"], rtol=1e-12)
+
+
 def test_two_time_scales_learn_the_teacher(x64):
     """A generator of two steps, which rests at four steps of five."""
     process, times = processes.EDM(0.05, 5.0), (5.0, 1.0)

@@ -134,6 +134,30 @@ def test_the_weight_is_that_of_the_log_snr(x64):
     np.testing.assert_allclose(loss.weight(process, t), expected, rtol=1e-9)
 
 
+def test_particles_of_one_condition_are_in_one_group():
+    """Which conditions, and in what order they come, tells nothing of the times."""
+    loss = distillation.InductiveMomentMatching(particles=4)
+    student = flow(processes.RectifiedFlow(), 1.0, 0.7)
+    labels = jnp.arange(16) % 4
+    x = labels[:, None] + jnp.arange(16)[:, None] / 100
+    words = jnp.stack([labels // 2, labels % 2], 1)
+    for cond in (labels, {"tokens": words, "image": x}):
+        batch = {"x": x, "cond": cond}
+        groups = jax.jit(loss.groups)(student, KEY, batch)
+        told = groups.cond if cond is labels else groups.cond["tokens"]
+        assert jnp.all(told == told[:, :1])
+        if cond is not labels:  # whatever comes with an example goes with it
+            assert jnp.all(
+                jnp.round(groups.cond["image"][..., 0]) == 2 * told[..., 0] + told[..., 1]
+            )
+    # The least of the four stratified times falls on each group about as often.
+    least = [
+        int(jnp.argmin(loss.groups(student, key, {"x": x, "cond": labels}).t))
+        for key in jax.random.split(KEY, 40)
+    ]
+    assert set(least) == {0, 1, 2, 3}
+
+
 def test_a_flow_learns_the_data(x64):
     """Which no teacher knows; the exact flow is where the student ends."""
     process = processes.RectifiedFlow(t_max=0.994)
