@@ -39,6 +39,15 @@ def small(seed, *scalars, out=2):
     return Small(weights, scalars)
 
 
+class Critic(eqx.Module):
+    """The sum of what such a network says."""
+
+    network: Small
+
+    def __call__(self, x, t, cond=None):
+        return self.network(x, t, cond).sum()
+
+
 def denoiser(seed, *scalars, process=None, prediction=None):
     network, prediction = small(seed, *scalars), prediction or predictions.V()
     return NetworkDenoiser(network, process or processes.VP(), prediction)

@@ -79,6 +79,8 @@ REQUIRED = {
     "player": lambda: "other",
     "numbers": lambda: jnp.zeros(4),
     "bank": lambda: distillation.TrajectoryBank.empty({"x": jnp.zeros((2, 3))}),
+    "erased": lambda: unlearning.ErasedConcepts(0),
+    "Apart.loss": lambda: losses.DenoisingLoss(),
     "Balanced.loss": lambda: distillation.ConsistencyTrajectory(),
     "PreferenceLoss.null_cond": lambda: 0,
     "SingleTrajectoryCritic.loss": lambda: distillation.SingleTrajectory(REQUIRED["bank"]()),

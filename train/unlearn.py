@@ -60,6 +60,7 @@ TITLES = {
     "posterior": ("posterior", "{:.3f}"),
     "forgotten at 3": ("at scale 3", "{:.1%}"),
     "forgotten at 7.5": ("at 7.5", "{:.1%}"),
+    "forgotten at -1": ("at -1", "{:.1%}"),
     "unasked": ("unasked", "{:.1%}"),
     "accuracy": ("kept accuracy", "{:.1%}"),
     "neighbour": ("neighbour", "{:.1%}"),

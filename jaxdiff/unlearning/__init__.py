@@ -1,7 +1,11 @@
 """Unlearning: losses, edits and noise by which a model forgets, one paper a file."""
 
+from jaxdiff.unlearning._adversarial_erasing import AdversarialErasing as AdversarialErasing
 from jaxdiff.unlearning._all_but_one import AllButOne as AllButOne
 from jaxdiff.unlearning._anti_editing import AntiEditing as AntiEditing
+from jaxdiff.unlearning._attacks import attack as attack
+from jaxdiff.unlearning._attacks import attack_words as attack_words
+from jaxdiff.unlearning._attacks import onto_simplex as onto_simplex
 from jaxdiff.unlearning._baselines import GradientAscent as GradientAscent
 from jaxdiff.unlearning._baselines import Repulsion as Repulsion
 from jaxdiff.unlearning._baselines import negate_task as negate_task
@@ -13,6 +17,8 @@ from jaxdiff.unlearning._combined import Both as Both
 from jaxdiff.unlearning._combined import EraseDiff as EraseDiff
 from jaxdiff.unlearning._combined import GradientSurgery as GradientSurgery
 from jaxdiff.unlearning._concept_ablation import ConceptAblation as ConceptAblation
+from jaxdiff.unlearning._domain_correction import DomainCorrection as DomainCorrection
+from jaxdiff.unlearning._domain_correction import DomainCritic as DomainCritic
 from jaxdiff.unlearning._embeddings import damp as damp
 from jaxdiff.unlearning._embeddings import decorrelate as decorrelate
 from jaxdiff.unlearning._embeddings import projection as projection
@@ -20,6 +26,7 @@ from jaxdiff.unlearning._embeddings import safree as safree
 from jaxdiff.unlearning._embeddings import safree_steps as safree_steps
 from jaxdiff.unlearning._erased_concepts import ErasedConcepts as ErasedConcepts
 from jaxdiff.unlearning._flooding import Flooding as Flooding
+from jaxdiff.unlearning._mediation import indirect_effects as indirect_effects
 from jaxdiff.unlearning._noisy_descent import learning_divergence as learning_divergence
 from jaxdiff.unlearning._noisy_descent import noisy_descent as noisy_descent
 from jaxdiff.unlearning._noisy_descent import quadratic_divergence as quadratic_divergence
@@ -30,6 +37,9 @@ from jaxdiff.unlearning._overrides import MostAlike as MostAlike
 from jaxdiff.unlearning._overrides import NextClass as NextClass
 from jaxdiff.unlearning._overrides import Override as Override
 from jaxdiff.unlearning._preference import PreferenceLoss as PreferenceLoss
+from jaxdiff.unlearning._requests import Apart as Apart
+from jaxdiff.unlearning._requests import Requests as Requests
+from jaxdiff.unlearning._requests import overlap as overlap
 from jaxdiff.unlearning._safe_self_distillation import SafeSelfDistillation as SafeSelfDistillation
 from jaxdiff.unlearning._saliency import Relabelled as Relabelled
 from jaxdiff.unlearning._saliency import saliency_mask as saliency_mask

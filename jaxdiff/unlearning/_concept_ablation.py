@@ -10,8 +10,7 @@ from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.losses import TimeLaw, Uniform, UniformTime, Weighting
-from jaxdiff.losses._batch import check_batch
-from jaxdiff.unlearning._shared import asked, forget_of
+from jaxdiff.unlearning._shared import asked, beside_anchors
 from jaxdiff.unlearning._states import NoisedExamples
 
 
@@ -68,14 +67,7 @@ class ConceptAblation(eqx.Module):
         """
         del frozen
         check_denoiser(model)
-        check_batch(batch)
-        rows = forget_of(batch)
-        if batch.get("cond") is None or len(rows["x"]) != len(batch["x"]):
-            raise ValueError(
-                "`batch` must have conditions, and as many examples as there are to be forgotten, "
-                f"got {len(batch['x'])} with {'' if 'cond' in batch else 'no '}conditions, and "
-                f"{len(rows['x'])}."
-            )
+        rows = beside_anchors(batch)
         state_key, own_key = jax.random.split(key)
         seen = NoisedExamples(self.time_law)(state_key, batch, model)
         answer = asked(model, seen.x, seen.t, rows["cond"], own_key)

@@ -47,6 +47,26 @@ def forget_of(batch: Any) -> dict[str, Any]:
     return rows
 
 
+def beside_anchors(batch: Any) -> dict[str, Any]:
+    """The examples to be forgotten, where each has one of an anchor beside it.
+
+    Args:
+        batch: as of `forget_of`, whose own examples are the anchors.
+
+    Raises:
+        ValueError: for anchors without conditions, or another number of them.
+    """
+    check_batch(batch)
+    rows = forget_of(batch)
+    if batch.get("cond") is None or len(rows["x"]) != len(batch["x"]):
+        raise ValueError(
+            "`batch` must have conditions, and as many examples as there are to be forgotten, "
+            f"got {len(batch['x'])} with {'' if 'cond' in batch else 'no '}conditions, and "
+            f"{len(rows['x'])}."
+        )
+    return rows
+
+
 class OnForgotten(eqx.Module):
     """Another loss, of the examples that are to be forgotten.
 

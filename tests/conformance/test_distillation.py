@@ -3,12 +3,11 @@
 import dataclasses
 import inspect
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from promises import KEY, Small, check_loss, data, denoiser, same, small
+from promises import KEY, Critic, check_loss, data, denoiser, same, small
 
 from jaxdiff import distillation, predictions, processes
 from jaxdiff.guidance import ClassifierFree
@@ -25,15 +24,6 @@ from jaxdiff.training import (
 )
 
 SCALES = (1.0, 3.0)
-
-
-class Critic(eqx.Module):
-    """The sum of what such a network says."""
-
-    network: Small
-
-    def __call__(self, x, t, cond=None):
-        return self.network(x, t, cond).sum()
 
 
 BANK = distillation.TrajectoryBank.empty(data())

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from promises import COUNT, KEY, check_loss, data, denoiser, same
+from promises import COUNT, KEY, Critic, check_loss, data, denoiser, same, small
 
-from jaxdiff import distillation, losses, unlearning
+from jaxdiff import distillation, finetuning, losses, unlearning
 from jaxdiff.training import (
     ConstantEMA,
     Frozen,
@@ -25,12 +25,19 @@ SEEN = unlearning.NoisedExamples()
 RELABELLED = unlearning.Relabelled(unlearning.Always(1))
 KEPT = losses.DenoisingLoss()
 ANY = unlearning.AnyOf(jnp.asarray([1]))
+CORRECTED = unlearning.DomainCorrection()
 LOSSES = {
+    "AdversarialErasing": unlearning.AdversarialErasing(
+        unlearning.ErasedConcepts({"label": NONE}, states=SEEN), "style", steps=3
+    ),
     "AllButOne": unlearning.AllButOne(NONE, 1, states=SEEN),
     "AntiEditing": unlearning.AntiEditing(NONE, correction=ANY, states=SEEN),
+    "Apart": unlearning.Apart(RELABELLED),
     "Both": unlearning.Both(RELABELLED, KEPT, 0.1),
     "ConceptAblation": unlearning.ConceptAblation(),
     "ConceptAblation(by_model=False)": unlearning.ConceptAblation(by_model=False),
+    "DomainCorrection": CORRECTED,
+    "DomainCritic": unlearning.DomainCritic(CORRECTED),
     "EarlySteering": unlearning.EarlySteering(NONE, unlearning.Always(1), states=SEEN),
     "EraseDiff": unlearning.EraseDiff(RELABELLED, KEPT),
     "ErasedConcepts": unlearning.ErasedConcepts(NONE, states=SEEN),
@@ -57,8 +64,24 @@ def batch():
     return {"x": kept["x"], "cond": kept["cond"], "forget": forget}
 
 
+def styled():
+    """With a number beside the class, which may be moved."""
+    found = batch()
+    forget = found["forget"]
+    style = np.linspace(-1, 1, COUNT, dtype=np.float32)
+    cond = {"label": forget["cond"], "style": style}
+    return {"x": found["x"], "forget": {"x": forget["x"], "cond": cond}}
+
+
+def adapter(seed):
+    draw = np.random.default_rng(seed).standard_normal
+    low = [jnp.asarray(draw(shape), jnp.float32) for shape in ((8, 1), (1, 2))]
+    return finetuning.Adapter({"weights/x": finetuning.LowRank(*low)})
+
+
 def setting(name):
-    model, teacher = denoiser(0), denoiser(1)
+    scalars = ("style",) if name == "AdversarialErasing" else ()
+    model, teacher = denoiser(0, *scalars), denoiser(1, *scalars)
     fisher = jax.tree.map(jnp.ones_like, eqx.filter(teacher.network, eqx.is_inexact_array))
     jump = distillation.Jump(model)
     entries = {
@@ -67,10 +90,17 @@ def setting(name):
         "generator": jump,
         "fisher": fisher,
         "adapted": denoiser(4),
+        "critic": Critic(small(6)),
+        "student": denoiser(7),
+        "earlier": (adapter(0), adapter(1)),
     }
     averages = [jax.tree.map(lambda w: 1.1 * w, model.network)]
     players = {"student": PlayerState(model, None, averages)}
-    learner = jump if name == "ScoreForgetting" else model
+    learner = {
+        "ScoreForgetting": jump,
+        "DomainCritic": entries["critic"],
+        "Apart": finetuning.adapt(model, adapter(2)),
+    }.get(name, model)
     return LOSSES[name], learner, Frozen(entries, jnp.asarray(3), jax.random.key(5), players)
 
 
@@ -87,7 +117,7 @@ def test_no_loss_is_missing():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(name):
-    check_loss(*setting(name), batch)
+    check_loss(*setting(name), styled if name == "AdversarialErasing" else batch)
 
 
 MASKED = {"label": True, "x": False, "said": False, "out": False}

@@ -194,21 +194,22 @@ class Parts:
         denoising = losses.DenoisingLoss(self.weighting)
         return self.follower(self.base, distillation.FakeScoreLoss(denoising, start))
 
-    def critic(self) -> distillation.FeatureCritic:
-        """One that looks at the inner activations of the fake score, at their narrowest."""
-        x, cond = jnp.zeros(self.info.event_shape), 0 if self.info.num_classes else None
-        names = tap_names(self.base.network, x, jnp.zeros(()), cond)
-        tap = "mid" if "mid" in names else [n for n in names if n.startswith("block.")][-1]
-        seen = eqx.filter_eval_shape(reading(self.base, (tap,)).estimate, x, jnp.float32(0.5), cond)
-        size, rngs = seen.taps[tap].shape[-1], nnx.Rngs(self.config.seed)
-        layers = nnx.Linear(size, 64, rngs=rngs), nnx.silu, nnx.Linear(64, 1, rngs=rngs)
-        return distillation.FeatureCritic(Head(nnx.Sequential(*layers), tap), (tap,))
-
     def generator(self, loss: Any, **others: Player) -> dict[str, Player]:
         """A generator and its fake score, which learns more often."""
         start = loss.start
         player = self.player(self.jump(), loss, every=self.chosen.generator_every)
         return {"fake": self.fake(start), **others, "generator": player}
+
+
+def feature_critic(base: NetworkDenoiser, info: DataInfo, seed: int) -> distillation.FeatureCritic:
+    """A critic that looks at a network's inner activations, at their narrowest."""
+    x, cond = jnp.zeros(info.event_shape), 0 if info.num_classes else None
+    names = tap_names(base.network, x, jnp.zeros(()), cond)
+    tap = "mid" if "mid" in names else [n for n in names if n.startswith("block.")][-1]
+    seen = eqx.filter_eval_shape(reading(base, (tap,)).estimate, x, jnp.float32(0.5), cond)
+    size, rngs = seen.taps[tap].shape[-1], nnx.Rngs(seed)
+    layers = nnx.Linear(size, 64, rngs=rngs), nnx.silu, nnx.Linear(64, 1, rngs=rngs)
+    return distillation.FeatureCritic(Head(nnx.Sequential(*layers), tap), (tap,))
 
 
 def start_of(base: Denoiser) -> float:
@@ -410,7 +411,8 @@ def _dmd(parts: Parts) -> dict[str, Player]:
 
 def _dmd2(parts: Parts) -> dict[str, Player]:
     loss = distillation.DMD2(start=parts.start, gan=3e-2)
-    critic = parts.follower(parts.critic(), distillation.CriticLoss(start=parts.start))
+    seen = feature_critic(parts.base, parts.info, parts.config.seed)
+    critic = parts.follower(seen, distillation.CriticLoss(start=parts.start))
     return parts.generator(loss, critic=critic)
 
 

@@ -23,7 +23,8 @@ from train.core.evaluation import measure, references
 from train.core.sampling import draw
 from train.unlearning.data import split
 
-SCALES = (1.0, 3.0, 7.5)  # of guidance, at which what is hidden may show
+# Of guidance, at which what is hidden may show; the last undoes what negative guidance taught.
+SCALES = (1.0, 3.0, 7.5, -1.0)
 MOST_ATTACKED = 200  # samples of a look at an attack
 EXAMPLES = 50  # of a forgotten class, that attacks are given
 RELEARNED = (0, 1, 2, 5, 10, 20, 50, 100)  # updates after which an attack is looked at

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxdiff import distillation, losses, unlearning
 from jaxdiff.data import ArraySource, make_loader
@@ -21,7 +22,7 @@ from jaxdiff.training import Player, init_train_state, make_train_step
 from train.core.building import build_average, build_optimizer
 from train.core.data import DataInfo
 from train.core.derived import DerivedConfig, check_denoising
-from train.distilling.recipe import start_of
+from train.distilling.recipe import feature_critic, start_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +304,30 @@ def _generator(matching: Any) -> Method:
     )  # fmt: skip
 
 
+class Eye(eqx.Module):
+    """A critic that looks through a model as it was: `(x, t, cond) -> logit`."""
+
+    seen: NetworkDenoiser
+    head: distillation.FeatureCritic
+
+    def __call__(self, x: Array, t: Array, cond: Any) -> Array:
+        """See `distillation.Adversarial`."""
+        return self.head.on(self.seen)(x, t, cond)
+
+
+def _domain_corrected(parts: Parts) -> dict[str, Player]:
+    """Forgotten and kept examples of a batch are side by side: any kept class is an anchor."""
+    correction = unlearning.DomainCorrection()
+    loss = unlearning.GradientSurgery(correction, parts.denoising, parts.weight(1.0))
+    faster = dataclasses.replace(parts.config, learning_rate=5 * parts.config.learning_rate)
+    critic = Player(
+        Eye(parts.base, feature_critic(parts.base, parts.info, parts.config.seed)),
+        unlearning.DomainCritic(correction, "model"), build_optimizer(faster),
+        trainable=lambda critic: critic.head,
+    )  # fmt: skip
+    return {"critic": critic, "model": parts.player(loss)}
+
+
 def _slug(parts: Parts) -> NetworkDenoiser:
     """One layer, moved until the loss of what is forgotten is that of noise."""
     loss = unlearning.OnForgotten(parts.denoising)
@@ -376,6 +401,7 @@ METHODS: dict[str, Method] = {
         _model(lambda p: unlearning.GradientSurgery(_relabelled(p), p.denoising, p.weight(1.0))),
         takes=("override", "weight"),
     ),
+    "domain-corrected": Method("Wu et al. 2024", _domain_corrected, takes=("weight",)),
     "amnesia": Method(
         "Heng, Soh 2023",
         _model(lambda p: unlearning.SelectiveAmnesia(

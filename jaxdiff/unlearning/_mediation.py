@@ -1,0 +1,114 @@
+"""Where a model keeps what a condition means: inner activations put back one by one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jaxdiff._checks import check_callable, check_cond, check_count, check_key
+from jaxdiff.denoiser import Denoiser, edit_taps, reading
+from jaxdiff.sampling import denoise, resolve_grid
+from jaxdiff.solvers import DDIM, DiffusionSolver
+
+
+def _put(value: Array, old: Array) -> Array:
+    return value.astype(old.dtype)
+
+
+def indirect_effects(
+    key: PRNGKeyArray,
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    score: Callable[[Array], Array],
+    *,
+    taps: tuple[str, ...],
+    cond: PyTree,
+    corrupted: PyTree,
+    times: Array | int,
+    solver: DiffusionSolver = DDIM(),
+) -> dict[str, Any]:
+    """How much of what a condition does passes each of a network's inner activations.
+
+    Three kinds of runs from the same noise with the same draws: under `cond`, under `corrupted`,
+    and, for every tap, under `corrupted` with the activation replaced, step by step, by that of the
+    first run. With s the mean score of their ends,
+
+        total = s(cond) - s(corrupted),    indirect effect = s(restored) - s(corrupted).
+
+    A tap through which all passes has the total effect, one that the condition does not reach has
+    none; effects of places side by side need not add up, as a network is not linear. Where they are
+    large is where to edit, e.g. by `edited_kernel`.
+
+    Args:
+        key: typed key.
+        denoiser: a network's denoiser, or guidance and other maps of one.
+        shape: of an example.
+        score: `(B, *event) -> (B,)`, such as a classifier's probability of the class.
+        taps: names, see `taps.tap_names`.
+        cond: leading axis B.
+        corrupted: likewise, such as that which means none.
+        times: number of steps, or a decreasing grid `(n + 1,)`, as of `sample`.
+        solver: of single steps.
+
+    Returns:
+        `{"total": scalar, "indirect": {tap: scalar}, "x": {name: (B, *event)}}`, the ends of all
+        runs under "clean", "corrupted" and the names of the taps.
+
+    Raises:
+        ValueError: for conditions of unequal numbers, or taps that the network does not have.
+
+    Reference: Basu, Zhao, Morariu, Feizi, Manjunatha, "Localizing and Editing Knowledge in
+    Text-to-Image Generative Models", 2023, arXiv 2310.13730, section 3. There the condition is
+    corrupted by noise in its embedding.
+    """
+    check_key(key)
+    check_callable("score", score, "lambda x: classifier(x)[:, 3]")
+    count = len(jax.tree.leaves(cond)[0])
+    check_count("len(cond)", count)
+    check_cond(corrupted, count)
+    reader, process = reading(denoiser, tuple(taps)), denoiser.process
+    times = resolve_grid(denoiser, times, solver, count)
+    noise_key, step_key = jax.random.split(key)
+
+    def begin(i):
+        return process.prior(jax.random.fold_in(noise_key, i), shape, times[0], times.dtype)
+
+    def step(states, row):
+        n, pair = row
+
+        def one(i, states, cond, corrupted):
+            own = jax.random.fold_in(jax.random.fold_in(step_key, n), i)
+
+            def move(model, name, cond):
+                told = jax.tree.map(lambda leaf: leaf[None], cond)
+                return denoise(
+                    own, model, states[name][None], cond=told, solver=solver, times=pair
+                ).x[0]
+
+            kept = reader.estimate(states["clean"], pair[0], cond).taps
+            return {
+                "clean": move(denoiser, "clean", cond),
+                "corrupted": move(denoiser, "corrupted", corrupted),
+                **{
+                    name: move(
+                        edit_taps(denoiser, {name: jax.tree_util.Partial(_put, kept[name])}),
+                        name, corrupted,
+                    )
+                    for name in taps
+                },
+            }  # fmt: skip
+
+        return jax.vmap(one)(jnp.arange(count), states, cond, corrupted), None
+
+    start = jax.vmap(begin)(jnp.arange(count))
+    states = dict.fromkeys(("clean", "corrupted", *taps), start)
+    pairs = jnp.stack([times[:-1], times[1:]], 1)
+    ends, _ = jax.lax.scan(step, states, (jnp.arange(len(pairs)), pairs))
+    means = {name: jnp.mean(score(x)) for name, x in ends.items()}
+    return {
+        "total": means["clean"] - means["corrupted"],
+        "indirect": {name: means[name] - means["corrupted"] for name in taps},
+        "x": ends,
+    }
