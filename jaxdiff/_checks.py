@@ -25,7 +25,9 @@ def check_key(key: PRNGKeyArray, argument: str = "key") -> None:
     """
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed:
-        got = f"{type(key).__name__} of dtype {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        got = f"{key!r:.60}"
+        if hasattr(key, "dtype"):
+            got = f"{type(key).__name__} of dtype {key.dtype}"
         raise TypeError(
             f"`{argument}` must be a typed PRNG key, got {got}. "
             "Make one with jax.random.key(seed), or wrap a legacy key with "

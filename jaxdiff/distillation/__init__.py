@@ -29,6 +29,7 @@ from jaxdiff.distillation._grids import FixedSteps as FixedSteps
 from jaxdiff.distillation._grids import HalvingSteps as HalvingSteps
 from jaxdiff.distillation._grids import RootSteps as RootSteps
 from jaxdiff.distillation._grids import cell as cell
+from jaxdiff.distillation._grids import rounds as rounds
 from jaxdiff.distillation._guided import GuidedDistillation as GuidedDistillation
 from jaxdiff.distillation._idempotent import ScoreIdempotent as ScoreIdempotent
 from jaxdiff.distillation._inductive import InductiveMomentMatching as InductiveMomentMatching
@@ -45,7 +46,6 @@ from jaxdiff.distillation._mean_flow import straightened as straightened
 from jaxdiff.distillation._moment_matching import MomentMatchingAuxiliary as MomentMatchingAuxiliary
 from jaxdiff.distillation._moment_matching import MultistepMomentMatching as MultistepMomentMatching
 from jaxdiff.distillation._progressive import ProgressiveDistillation as ProgressiveDistillation
-from jaxdiff.distillation._progressive import rounds as rounds
 from jaxdiff.distillation._progressive import two_step_answer as two_step_answer
 from jaxdiff.distillation._reflow import PairRegression as PairRegression
 from jaxdiff.distillation._reflow import ReflowLoss as ReflowLoss

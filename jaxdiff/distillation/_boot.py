@@ -20,7 +20,7 @@ from jaxdiff.distillation._shared import (
 from jaxdiff.losses import TimeLaw, UniformTime, Weighting, stratified_uniform
 from jaxdiff.losses import Uniform as UniformWeighting
 from jaxdiff.losses._batch import check_batch, wide
-from jaxdiff.losses._frozen import teacher_of
+from jaxdiff.losses._frozen import said_by, teacher_of
 from jaxdiff.predictions import X0
 
 
@@ -160,7 +160,7 @@ class BOOT(eqx.Module):
 
         def taught(x, t, cond, scale):
             guided, given = guided_or_told(teacher, cond, scale)
-            return guided(x, t, given)
+            return said_by(guided, x, t, given)
 
         def twice(*trees):
             return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), trees[0], trees[1])

@@ -19,7 +19,7 @@ from jaxdiff.distillation._shared import (
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime, each_example
-from jaxdiff.losses._frozen import target_of, teacher_of
+from jaxdiff.losses._frozen import said_by, target_of, teacher_of
 
 
 class ConditionalDistillation(eqx.Module):
@@ -92,7 +92,7 @@ class ConditionalDistillation(eqx.Module):
         def one(key, u, x0, cond):
             t, s = cell(self.grid, None, process, u, steps)
             _, x, _, own = noised(process, key, x0, t, None)
-            x_s = ddim_jump(process, x, teacher(x, t), t, s)
+            x_s = ddim_jump(process, x, said_by(teacher, x, t), t, s)
             end = jnp.full_like(t, process.t_min)
             goal = jax.lax.stop_gradient(target(x_s, s, end, cond, key=own))
             answer = model(x, t, end, cond, key=own)

@@ -21,7 +21,7 @@ from jaxdiff.distillation._tangents import relative
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import LogNormal, TimeLaw, each_example
 from jaxdiff.losses._batch import wide
-from jaxdiff.losses._frozen import teacher_of
+from jaxdiff.losses._frozen import said_by, teacher_of
 from jaxdiff.predictions import Velocity
 from jaxdiff.processes import TrigFlow
 from jaxdiff.training import Frozen
@@ -152,7 +152,8 @@ class ContinuousConsistency(eqx.Module):
             if teacher is None:
                 velocity = jnp.cos(t) * process.sigma_data * eps - jnp.sin(t) * x0
             else:
-                velocity = at_scale(teacher, scale).predict(Velocity(), x, t, cond)
+                x0_hat = said_by(at_scale(teacher, scale), x, t, cond)
+                velocity = Velocity().from_x0(process, x, t, x0_hat)
             told = told_scale(cond, scale)
             F, g, dF = self.tangent(student, x, t, velocity, told, ratio=ratio, key=own)
             squares = [jnp.mean(wide(part) ** 2) for part in (F, g, dF)]

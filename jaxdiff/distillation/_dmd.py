@@ -118,8 +118,9 @@ class DMD(NormalisedDifference):
             model: the generator.
             key: typed key; example i draws from its fold_in with i.
             batch: `{"x": (B, *event), "cond": ...}`, of whose x only the shape is looked at; with
-                `regression` also `"noise"`, the states at the first time, and `"pair"`, what the
-                teacher makes of them under the same conditions, `(B, *event)` each.
+                `regression` also `"pair"`, what the teacher's solver makes under the same
+                conditions of alpha pair + sigma noise at the first time, and its `"noise"`, of unit
+                variance: "x" and "noise" of `reflow_pairs`, `(B, *event)` each.
             frozen: holds the teacher and the fake score.
 
         Returns:
@@ -131,10 +132,11 @@ class DMD(NormalisedDifference):
         begin_key, noise_key = jax.random.split(key)
         begun = begin(model, begin_key, batch, self.start)
         noise, pair = _pairs(batch)
-        first = model.process.t_max if self.start is None else self.start[0]
+        first = jnp.full_like(begun.t, model.process.t_max if self.start is None else self.start[0])
+        started = jax.vmap(model.process.marginal)(pair, noise, first).astype(begun.x.dtype)
         both = Begun(
-            jnp.concatenate([begun.x, noise]),
-            jnp.concatenate([begun.t, jnp.full_like(begun.t, first)]),
+            jnp.concatenate([begun.x, started]),
+            jnp.concatenate([begun.t, first]),
             jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), begun.cond),
             None,
         )

@@ -51,6 +51,8 @@ class FeatureCritic(eqx.Module):
 
     def __check_init__(self):
         check_callable("head", self.head, "a callable pytree {tap: activation} -> logit")
+        if isinstance(self.taps, str) or not all(isinstance(name, str) for name in self.taps):
+            raise TypeError(f'`taps` must be names, ("mid",) say, got {self.taps!r:.60}.')
 
     @property
     def network(self) -> PyTree:

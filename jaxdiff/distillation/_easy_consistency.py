@@ -74,9 +74,14 @@ class EasyConsistencyTuning(eqx.Module):
 
     def level(self, level: Array, step: Array | int) -> Array:
         """k_r of k_t, elementwise, at a training step."""
+        return level * (1 - self._share(level, step))
+
+    def _share(self, level: Array, step: Array | int) -> Array:
+        """(k_t - k_r) / k_t."""
         stage = 1 + jnp.floor(jnp.asarray(step) / self.doubling)
         share = (1 + self.b * jax.nn.sigmoid(-level)) / self.q**stage
-        return level * jnp.maximum(1 - share, 0)
+        # Nearer than this the two are one number; later stages stay there.
+        return jnp.clip(share, 1e3 * jnp.finfo(share.dtype).eps, 1)
 
     def earlier(self, process: GaussianProcess, t: Array, step: Array | int) -> tuple[Array, Array]:
         """The time r of a time t, 0 for the clean example, and k_t - k_r; elementwise."""
@@ -87,7 +92,7 @@ class EasyConsistencyTuning(eqx.Module):
         clean = self.level(noisy, step)
         there = clean > floor
         r = process.time(-2 * jnp.log(jnp.where(there, clean, noisy)))
-        return jnp.where(there, r, 0), noisy - jnp.where(there, clean, 0)
+        return jnp.where(there, r, 0), jnp.where(there, noisy * self._share(noisy, step), noisy)
 
     def __call__(
         self, model: FlowMap, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any

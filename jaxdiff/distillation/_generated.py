@@ -5,10 +5,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_kind, check_number, check_same_process
-from jaxdiff._tree import Number, as_number
+from jaxdiff._tree import Number, as_number, is_known
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.distillation._shared import (
     check_flow_map,
@@ -18,7 +19,7 @@ from jaxdiff.distillation._shared import (
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import DenoisingLoss, TimeLaw, each_example, stratified_uniform
-from jaxdiff.losses._batch import check_batch
+from jaxdiff.losses._batch import check_batch, time_dtype
 from jaxdiff.losses._frozen import still
 from jaxdiff.training import Frozen
 
@@ -26,7 +27,8 @@ from jaxdiff.training import Frozen
 def _as_start(start: Any) -> tuple[Number, ...] | None:
     if start is None:
         return None
-    times = tuple(map(as_number, start if isinstance(start, tuple | list) else [start]))
+    several = isinstance(start, tuple | list) or np.ndim(start) == 1
+    times = tuple(map(as_number, start if several else [start]))
     if not times:
         raise ValueError("`start` must be a time, or several, got none. Pass None for t_max.")
     for time in times:
@@ -46,6 +48,23 @@ def start_times() -> Any:
         ValueError: when given times that are not positive, or do not decrease.
     """
     return eqx.field(default=None, converter=_as_start)
+
+
+def check_start(process: Any, start: Any) -> None:
+    """Reject starts beyond the process, where both are known.
+
+    Raises:
+        ValueError: for e.g. a noise level in place of a time.
+    """
+    if not is_known(process.t_max):
+        return
+    last = float(process.t_max)
+    for time in start or ():
+        if is_known(time) and np.any(np.asarray(time) > last * (1 + 1e-6)):
+            raise ValueError(
+                f"`start` must be a time of the process, at most {last:g}, got {time}. For a noise "
+                "level sigma / alpha pass process.time(-2 * jnp.log(level))."
+            )
 
 
 class Begun(eqx.Module):
@@ -90,8 +109,9 @@ def begin(
     """
     check_flow_map(model)
     check_batch(batch)
+    check_start(model.process, start)
     x, process, quiet = batch["x"], model.process, still(model)
-    times = jnp.stack([jnp.asarray(t, x.dtype) for t in start or (process.t_max,)])
+    times = jnp.stack([jnp.asarray(t, time_dtype(x)) for t in start or (process.t_max,)])
 
     def one(i, like, cond):
         keys = jax.random.split(jax.random.fold_in(key, i), 4)
@@ -138,7 +158,7 @@ def noise_and_times(
         time_law: of the times.
     """
     time_key, noise_key = jax.random.split(key)
-    t = time_law.quantile(process, stratified_uniform(time_key, len(x0))).astype(x0.dtype)
+    t = time_law.quantile(process, stratified_uniform(time_key, len(x0))).astype(time_dtype(x0))
 
     def one(i):
         return jax.random.normal(jax.random.fold_in(noise_key, i), x0.shape[1:], x0.dtype)
@@ -248,7 +268,7 @@ class FakeScoreLoss(eqx.Module):
         x0 = jax.lax.stop_gradient(finish(generator, begun))
 
         def one(key, u, x0, cond):
-            t = self.denoising.time_law.quantile(model.process, u).astype(x0.dtype)
+            t = self.denoising.time_law.quantile(model.process, u).astype(time_dtype(x0))
             return self.denoising.per_example(model, key, x0, t, cond)
 
         losses, errors = each_example(one, loss_key, {"x": x0, "cond": begun.told}, levels)

@@ -2,16 +2,40 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdiff._checks import check_kind, check_number
+from jaxdiff._checks import check_count, check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.losses import TimeLaw
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.training import EMA
+
+
+def rounds(first: Any, last: Any = 1) -> tuple[int, ...]:
+    """The numbers of steps of the students, each half of the one before: (8, 4, 2, 1).
+
+    Args:
+        first: of the first student; its teacher has twice as many.
+        last: of the last student, >= 1.
+
+    Raises:
+        ValueError: if halving does not lead from the first to the last.
+    """
+    count, last = check_count("first", first), check_count("last", last)
+    counts = [count]
+    while count > last and count % 2 == 0:
+        count //= 2
+        counts.append(count)
+    if count != last:
+        raise ValueError(
+            f"`first` must be `last` = {last} times a power of 2, got {first}. Pass "
+            f"{8 * last}, say."
+        )
+    return tuple(counts)
 
 
 class Curriculum(eqx.Module):
@@ -97,9 +121,12 @@ class HalvingSteps(Curriculum):
     """N = max(first / 2^floor(k / length), last) at step k: rounds of progressive distillation.
 
     Args:
-        first: of the first round.
+        first: of the first round, `last` times a power of 2.
         last: of the last one, which goes on to the end.
         length: steps of a round.
+
+    Raises:
+        ValueError: for numbers that halving does not lead to.
 
     Reference: Salimans, Ho, "Progressive Distillation for Fast Sampling of Diffusion Models",
     2022, arXiv 2202.00512, algorithm 2.
@@ -113,10 +140,21 @@ class HalvingSteps(Curriculum):
         check_number("first", self.first, least=1.0)
         check_number("last", self.last, least=1.0)
         check_number("length", self.length, least=1.0)
+        if isinstance(self.first, float) and isinstance(self.last, float):
+            rounds(*(int(n) if n == int(n) else n for n in (self.first, self.last)))
 
     def __call__(self, step: Array) -> Array:
         """See `Curriculum`."""
         return jnp.maximum(self.first / 2 ** jnp.floor(step / self.length), self.last)
+
+    def begins(self, step: Array) -> Array:
+        """Whether a step is the first of a round, but of the first one: a boolean scalar.
+
+        Then the student becomes the teacher of the next, `Player(..., every=halving.begins)`; in
+        the last round, however long, it does not become its own.
+        """
+        before = jnp.maximum(jnp.asarray(step) - 1, 0)
+        return self(jnp.asarray(step)) < self(before)
 
 
 class CurriculumEMA(EMA):

@@ -18,7 +18,7 @@ from jaxdiff.distillation._shared import (
 )
 from jaxdiff.losses import TimeLaw, TruncatedSNR, UniformTime, Weighting, each_example
 from jaxdiff.losses._batch import wide
-from jaxdiff.losses._frozen import teacher_of
+from jaxdiff.losses._frozen import said_by, teacher_of
 
 
 class GuidedDistillation(eqx.Module):
@@ -78,7 +78,7 @@ class GuidedDistillation(eqx.Module):
         def one(key, u, x0, cond):
             t = self.time_law.quantile(process, u)
             _, x, scale, own = noised(process, key, x0, t, self.scales)
-            goal = jax.lax.stop_gradient(at_scale(teacher, scale)(x, t, cond))
+            goal = jax.lax.stop_gradient(said_by(at_scale(teacher, scale), x, t, cond))
             answer = model(x, t, told_scale(cond, scale), key=own)
             error = jnp.mean(wide(answer - goal) ** 2)
             return self.weighting(process, t, self.time_law.density(process, t)) * error, error

@@ -11,13 +11,11 @@ from jaxdiff._checks import check_kind, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.distillation._generated import noise_and_times
 from jaxdiff.distillation._matching import DistributionMatching
-from jaxdiff.distillation._shared import (
-    check_flow_map,
-)
+from jaxdiff.distillation._shared import check_flow_map, draw_scale, told_scale
 from jaxdiff.distillation._sid import SiD
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime
-from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._batch import check_batch, time_dtype, wide
 from jaxdiff.losses._frozen import still
 from jaxdiff.training import Frozen
 
@@ -81,9 +79,12 @@ class ScoreIdempotent(eqx.Module):
         check_batch(batch)
         x, cond, process = batch["x"], batch.get("cond"), model.process
         eps, t = noise_and_times(process, key, x, self.time_law)
+        if (scales := self.matching.scales) is not None:
+            keys = jax.random.split(jax.random.fold_in(key, 1), len(x))
+            cond = jax.vmap(lambda k, c: told_scale(c, draw_scale(k, scales)))(keys, cond)
         y = jax.vmap(process.marginal)(x, eps, t).astype(x.dtype)
         start = process.t_max if self.matching.start is None else self.matching.start[0]
-        start = jnp.asarray(start, x.dtype)
+        start = jnp.asarray(start, time_dtype(x))
 
         def project(model, x, cond):
             def one(x, cond):

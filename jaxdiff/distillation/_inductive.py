@@ -14,7 +14,7 @@ from jaxdiff.distillation._shared import (
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime, stratified_uniform
-from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._batch import check_batch, time_dtype, wide
 from jaxdiff.losses._frozen import target_of
 from jaxdiff.metrics import Kernel
 from jaxdiff.metrics._kernels import squared_distances
@@ -39,7 +39,7 @@ class Laplace(Kernel):
         """The Gram matrix."""
         squares = squared_distances(x, y)
         # Where two points are one the distance has no derivative: 0, as between symmetric ones.
-        apart = squares > 0
+        apart = ~(squares <= 0)  # NaN is, too
         distances = jnp.where(apart, jnp.sqrt(jnp.where(apart, squares, 1.0)), 0.0)
         return jnp.exp(-distances / (x.shape[1] if self.bandwidth is None else self.bandwidth))
 
@@ -167,11 +167,11 @@ class InductiveMomentMatching(eqx.Module):
         count = len(x) // size
         law_key, time_key, example_key, order_key = jax.random.split(key, 4)
         levels = jax.random.permutation(order_key, stratified_uniform(law_key, count))
-        t = self.time_law.quantile(process, levels).astype(x.dtype)
+        t = self.time_law.quantile(process, levels).astype(time_dtype(x))
         u = jax.vmap(lambda g: jax.random.uniform(jax.random.fold_in(time_key, g)))(
             jnp.arange(count)
         )
-        s = (process.t_min + u * (t - process.t_min)).astype(x.dtype)
+        s = (process.t_min + u * (t - process.t_min)).astype(t.dtype)
         r = self.earlier(process, t, s)
 
         def one(i, x, t, r):
@@ -245,6 +245,9 @@ class InductiveMomentMatching(eqx.Module):
         y = moved(model, groups.x_t, groups.t)
         goal = jax.lax.stop_gradient(moved(target, groups.x_r, groups.r))
         scales = self.scale(model.process, groups.t, groups.s)
-        found = jax.vmap(self.mmd2)(y, goal, scales, groups.cond)
+        # Where t is s nothing moves, and nothing is learned.
+        moves = scales > 0
+        found = jax.vmap(self.mmd2)(y, goal, jnp.where(moves, scales, 1), groups.cond)
         weights = jax.vmap(lambda t: self.weight(model.process, t))(groups.t)
+        weights = jnp.where(moves, weights, 0)
         return jnp.mean(weights * found), {"mmd2": found.mean()}

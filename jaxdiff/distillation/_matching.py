@@ -18,7 +18,7 @@ from jaxdiff.distillation._shared import (
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw
 from jaxdiff.losses._batch import wide
-from jaxdiff.losses._frozen import teacher_of
+from jaxdiff.losses._frozen import said_by, teacher_of
 from jaxdiff.training import Frozen
 
 
@@ -182,7 +182,7 @@ class ScoreDifference(DistributionMatching):
         teacher_cond: PyTree,
     ) -> tuple[Array, Array]:
         """`per_example`, given the noisy example and the reference."""
-        target = teacher(x, t, teacher_cond)
+        target = said_by(teacher, x, t, teacher_cond)
         weight = self.weighting(teacher.process, t, self.time_law.density(teacher.process, t))
         difference = jax.lax.stop_gradient(wide(reference) - wide(target))
         factor = self.factor(jax.lax.stop_gradient(wide(x0)), jax.lax.stop_gradient(wide(target)))

@@ -22,7 +22,7 @@ from jaxdiff.distillation._tangents import relative
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import LogitNormal, TimeLaw, stratified_uniform
 from jaxdiff.losses._batch import check_batch, wide
-from jaxdiff.losses._frozen import still, teacher_of
+from jaxdiff.losses._frozen import said_by, still, teacher_of
 from jaxdiff.processes import GaussianProcess
 from jaxdiff.training import Frozen
 
@@ -151,6 +151,10 @@ class MeanFlow(eqx.Module):
             )
         if self.null_cond is None and self.kappa is not None:
             raise ValueError("`kappa` is of guidance, and needs a `null_cond`.")
+        if self.null_cond is None and isinstance(self.omega, float) and self.omega != 1:
+            raise ValueError(
+                f"`omega` is of guidance, and needs a `null_cond`, got {self.omega} without."
+            )
 
     def target(
         self,
@@ -251,4 +255,4 @@ class MeanFlow(eqx.Module):
 def _velocity(teacher: Denoiser, x: Array, t: Array, cond: PyTree) -> Array:
     """That of y by tau, see `straightened`."""
     size, tau = straightened(teacher.process, t)
-    return (x / size - teacher(x, t, cond)) / tau
+    return (x / size - said_by(teacher, x, t, cond)) / tau

@@ -17,8 +17,8 @@ from jaxdiff.distillation._shared import (
 )
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, Uniform, UniformTime, Weighting, stratified_uniform
-from jaxdiff.losses._batch import check_batch, wide
-from jaxdiff.losses._frozen import teacher_of
+from jaxdiff.losses._batch import check_batch, time_dtype, wide
+from jaxdiff.losses._frozen import said_by, teacher_of
 from jaxdiff.predictions import X0
 from jaxdiff.training import Frozen
 
@@ -88,7 +88,9 @@ class _Bridge(eqx.Module):
         def one(i, u, x, cond):
             keys = jax.random.split(jax.random.fold_in(example_key, i), 3)
             v = jnp.minimum(u + jax.random.uniform(keys[0]) / self.steps, 1)
-            s, t = (self.time_law.quantile(process, level).astype(x.dtype) for level in (u, v))
+            s, t = (
+                self.time_law.quantile(process, level).astype(time_dtype(x)) for level in (u, v)
+            )
             z = process.noise(keys[1], x, t)
             fresh = jax.random.normal(keys[2], x.shape, x.dtype)
             return *bridge(model, z, fresh, t, s, cond), s
@@ -150,7 +152,7 @@ class MultistepMomentMatching(_Bridge):
         teacher, fake = teacher_of(frozen, model), teacher_of(frozen, model, "fake")
 
         def one(x0, z, s, cond):
-            difference = wide(fake(z, s, cond)) - wide(teacher(z, s, cond))
+            difference = wide(fake(z, s, cond)) - wide(said_by(teacher, z, s, cond))
             return with_gradient(x0, self.weight(model.process, s) * difference), jnp.mean(
                 jax.lax.stop_gradient(difference) ** 2
             )
@@ -203,7 +205,7 @@ class MomentMatchingAuxiliary(_Bridge):
         teacher, generator = teacher_of(frozen, model), generator_of(frozen, model)
 
         def one(x0, z, s, cond):
-            own, target = wide(model(z, s, cond)), wide(teacher(z, s, cond))
+            own, target = wide(model(z, s, cond)), wide(said_by(teacher, z, s, cond))
             error = jnp.mean((wide(x0) - own) ** 2)
             loss = error + jnp.mean((jax.lax.stop_gradient(target) - own) ** 2)
             return self.weight(model.process, s) * loss, error

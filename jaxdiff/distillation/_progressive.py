@@ -20,7 +20,7 @@ from jaxdiff.distillation._shared import (
 )
 from jaxdiff.losses import TimeLaw, TruncatedSNR, UniformTime, Weighting, each_example
 from jaxdiff.losses._batch import wide
-from jaxdiff.losses._frozen import teacher_of
+from jaxdiff.losses._frozen import said_by, teacher_of
 from jaxdiff.processes import GaussianProcess
 
 
@@ -40,10 +40,11 @@ class ProgressiveDistillation(eqx.Module):
 
     A round needs no code of its own: train with N, take the student for the teacher, go on with
     N / 2 (`rounds`, `training.next_phase`). `steps` is a number: all rounds are one program. With
-    `HalvingSteps` they are one run, too, whose teacher is a player that follows the student:
+    `halving = HalvingSteps(8, 1, length)` they are one run, too, whose teacher is a player that
+    follows the student:
 
-        {"teacher": Player(denoiser, Follow("student"), every=lambda step: step % length == 0),
-         "student": Player(denoiser, ProgressiveDistillation(HalvingSteps(8, 1, length)), ...)}
+        {"teacher": Player(denoiser, Follow("student"), every=halving.begins),
+         "student": Player(denoiser, ProgressiveDistillation(halving), ...)}
 
     One pass of the student, and two of the teacher without a gradient.
 
@@ -97,7 +98,12 @@ class ProgressiveDistillation(eqx.Module):
             process: the forward process.
             steps: N; the loss's own if None, which must be a known number then.
         """
-        count = int(self.steps) if steps is None else check_count("steps", steps)  # type: ignore[arg-type]
+        if steps is None and not isinstance(self.steps, float):
+            raise ValueError(
+                "`steps` must be given for a loss that has no known number of its own, got "
+                f"{self.steps!r:.60}."
+            )
+        count = check_count("steps", self.steps if steps is None else steps)
         return self._time(process, jnp.arange(count, -1, -1) / count)
 
     def _time(self, process: GaussianProcess, level: Array) -> Array:
@@ -170,34 +176,11 @@ def two_step_answer(
         cond: of the teacher.
     """
     process, (t, middle, s) = teacher.process, times
-    first = teacher(x, t, cond)
-    second = teacher(ddim_jump(process, x, first, t, middle), middle, cond)
+    first = said_by(teacher, x, t, cond)
+    second = said_by(teacher, ddim_jump(process, x, first, t, middle), middle, cond)
 
     def decay(t):
         return process.alpha(t) * process.sigma(s) / (process.alpha(s) * process.sigma(t))
 
     weight = (1 - decay(middle)) / (1 - decay(t))
     return (first + weight * (second - first)).astype(x.dtype)
-
-
-def rounds(first: int, last: int = 1) -> tuple[int, ...]:
-    """The numbers of steps of the students, each half of the one before: (8, 4, 2, 1).
-
-    Args:
-        first: of the first student; its teacher has twice as many.
-        last: of the last student, >= 1.
-
-    Raises:
-        ValueError: if halving does not lead from the first to the last.
-    """
-    count, last = check_count("first", first), check_count("last", last)
-    counts = [count]
-    while count > last and count % 2 == 0:
-        count //= 2
-        counts.append(count)
-    if count != last:
-        raise ValueError(
-            f"`first` must be `last` = {last} times a power of 2, got {first}. Pass "
-            f"{8 * last}, say."
-        )
-    return tuple(counts)

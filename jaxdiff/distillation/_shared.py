@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_number
@@ -58,7 +59,7 @@ class PseudoHuber(Distance):
     def __call__(self, a: Array, b: Array) -> Array:
         """See `Distance`."""
         square = jnp.mean(wide(a - b) ** 2) + self.c**2
-        there = square > 0
+        there = square != 0  # NaN is there, too
         return jnp.where(there, jnp.sqrt(jnp.where(there, square, 1)), 0) - self.c
 
 
@@ -92,9 +93,9 @@ def check_flow_map(model: Any, argument: str = "model") -> None:
 def _as_scales(scales: Any) -> tuple[Number, Number] | None:
     if scales is None:
         return None
-    if not isinstance(scales, tuple | list) or len(scales) != 2:
+    if isinstance(scales, str | dict) or np.shape(scales) != (2,):
         raise ValueError(f"`scales` must be None or (least, most), got {scales!r}.")
-    low, high = map(as_number, scales)
+    low, high = (as_number(scale) for scale in scales)
     check_number("scales[0]", low)
     check_number("scales[1]", high)
     if isinstance(low, float) and isinstance(high, float) and low > high:

@@ -19,7 +19,7 @@ from jaxdiff.distillation._shared import (
 from jaxdiff.flow_map import FlowMap
 from jaxdiff.losses import TimeLaw, UniformTime, stratified_uniform
 from jaxdiff.losses._batch import check_batch, drop_cond, wide
-from jaxdiff.losses._frozen import target_of, teacher_of
+from jaxdiff.losses._frozen import said_by, target_of, teacher_of
 from jaxdiff.training import Frozen
 
 
@@ -83,6 +83,7 @@ class Shortcut(eqx.Module):
         check_count("one_in", self.one_in)
         check_number("label_dropout", self.label_dropout, least=0.0, most=1.0)
         check_number("scale", self.scale)
+        check_count("steps", self.steps)
         if self.steps < 2 or self.steps & (self.steps - 1):
             raise ValueError(f"`steps` must be a power of 2, 2 or more, got {self.steps}.")
         if self.teacher is not None and self.null_cond is not None:
@@ -184,7 +185,7 @@ class Shortcut(eqx.Module):
 
             def velocity(x, t, cond):
                 size, tau = straightened(process, t)
-                return (x / size - teacher(x, t, cond)) / tau
+                return (x / size - said_by(teacher, x, t, cond)) / tau
 
             flow = jax.vmap(velocity)(rest_of[0], rest_of[1][:, 0], cond_rest)
         goals = jax.lax.stop_gradient(jnp.concatenate([goals, flow.astype(goals.dtype)]))

@@ -15,6 +15,7 @@ from jaxdiff.distillation._matching import DistributionMatching
 from jaxdiff.distillation._shared import scale_range
 from jaxdiff.losses import Karras, TimeLaw
 from jaxdiff.losses._batch import wide
+from jaxdiff.losses._frozen import said_by
 
 
 class SiD(DistributionMatching):
@@ -77,7 +78,7 @@ class SiD(DistributionMatching):
     ) -> tuple[Array, Array]:
         """See `DistributionMatching`: gradients go through x0, and x_t in both denoisers."""
         x = teacher.process.marginal(x0, eps, t).astype(x0.dtype)
-        target, own = wide(teacher(x, t, teacher_cond)), wide(fake(x, t, fake_cond))
+        target, own = wide(said_by(teacher, x, t, teacher_cond)), wide(fake(x, t, fake_cond))
         difference, residual = target - own, target - wide(x0)
         loss = jnp.sum(difference * (residual - self.alpha * difference))
         if self.normalise:

@@ -4,10 +4,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxdiff._checks import check_same_process
 from jaxdiff.denoiser import Denoiser, check_denoiser
+from jaxdiff.flow_map import FlowMap
 
 
 def still(tree: PyTree) -> PyTree:
@@ -40,6 +41,22 @@ def teacher_of(frozen: Any, student: Any = None, name: str = "teacher") -> Denoi
     return still(teacher)
 
 
+def said_by(teacher: Denoiser, x: Array, t: Array, cond: PyTree = None) -> Array:
+    """What a teacher says of x0, `(*event)`, of which its noise follows.
+
+    Raises:
+        ValueError: for one that states another noise, which solvers go on with.
+    """
+    found = teacher.estimate(x, t, cond)
+    if found.eps is not None:
+        raise ValueError(
+            "`teacher` must have the noise that its x0 implies, got one that states another, as "
+            "guidance.CFGPlusPlus does. Distil it from what its sampler makes: ReflowLoss or "
+            "PairRegression, or ConsistencyDistillation, which steps by the solver."
+        )
+    return found.x0
+
+
 def target_of(frozen: Any, name: str | None, model: PyTree) -> PyTree:
     """Whose answer is the target of a loss, all of it constant.
 
@@ -50,11 +67,17 @@ def target_of(frozen: Any, name: str | None, model: PyTree) -> PyTree:
         model: as of the loss.
 
     Raises:
+        TypeError: for a denoiser beside a student that is a `FlowMap`.
         ValueError: for a name that is no player, or a player without an average.
     """
     if name is None:
         return still(model)
     if name in frozen:
+        if isinstance(model, FlowMap) and not isinstance(frozen[name], FlowMap):
+            raise TypeError(
+                f"`target` must be a map between two times, as the student is, got {name!r}, a "
+                f"{type(frozen[name]).__name__}. Name a player that follows the student."
+            )
         return still(frozen[name])
     players = getattr(frozen, "players", {})
     if name not in players or not players[name].averages:

@@ -177,7 +177,7 @@ class Energy(Kernel):
         """The Gram matrix."""
         squares = squared_distances(x, y)
         # Where two points are one the distance has no derivative: 0, as between symmetric ones.
-        apart = squares > 0
+        apart = ~(squares <= 0)  # NaN is, too
         return -jnp.where(apart, jnp.where(apart, squares, 1.0) ** (self.power / 2), 0.0)
 
 

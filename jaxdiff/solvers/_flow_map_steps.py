@@ -54,6 +54,13 @@ class FlowMapSteps(DiffusionSolver):
         """Whether `gamma` is given."""
         return self.gamma is not None
 
+    def default_times(self, process: GaussianProcess, num_steps: int, t_end: float) -> Array:
+        """The process's customary grid of these steps down to t_min, whose last ends at `t_end`.
+
+        From t_min there is no step of its own, as denoisers have: it would move nothing.
+        """
+        return process.times(num_steps, process.t_min).at[-1].set(t_end)
+
     def check_start(self, process: GaussianProcess, times: Array, memory: object) -> None:
         """Anywhere that the map starts from."""
 

@@ -12,6 +12,7 @@ from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.guidance._scale import check_null_cond
 from jaxdiff.losses import TimeLaw, Uniform, UniformTime, Weighting, stratified_uniform
+from jaxdiff.losses._batch import time_dtype
 from jaxdiff.losses._frozen import teacher_of
 from jaxdiff.predictions import X0
 from jaxdiff.unlearning._shared import Seen, asked, forget_of, replaced
@@ -88,7 +89,7 @@ class PreferenceLoss(eqx.Module):
         time_key, noise_key, end_key = jax.random.split(key, 3)
         process, x, cond = model.process, rows["x"], rows["cond"]
         levels = stratified_uniform(time_key, len(x))
-        t = self.time_law.quantile(process, levels).astype(x.dtype)
+        t = self.time_law.quantile(process, levels).astype(time_dtype(x))
         density = self.time_law.density(process, t)
 
         def normal(key, i):

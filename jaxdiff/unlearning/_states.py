@@ -14,6 +14,7 @@ from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.guidance import ClassifierFree
 from jaxdiff.losses import TimeLaw, UniformTime, each_example
+from jaxdiff.losses._batch import time_dtype
 from jaxdiff.sampling import denoise
 from jaxdiff.solvers import DDIM
 from jaxdiff.unlearning._shared import Seen
@@ -60,7 +61,7 @@ class NoisedExamples(States):
 
         def one(key, u, x0, cond):
             del cond
-            t = self.time_law.quantile(model.process, u).astype(x0.dtype)
+            t = self.time_law.quantile(model.process, u).astype(time_dtype(x0))
             x = model.process.noise(key, x0, t).astype(x0.dtype)
             return Seen(x, t, self.time_law.density(model.process, t))
 
@@ -104,7 +105,7 @@ class OnTrajectory(States):
         x, cond, process = rows["x"], rows.get("cond"), model.process
         guided = ClassifierFree(model, self.null_cond, self.scale)
         levels = jnp.arange(self.steps, -1, -1) / self.steps
-        times = self.grid.quantile(process, levels).astype(x.dtype)
+        times = self.grid.quantile(process, levels).astype(time_dtype(x))
         count = jnp.maximum(jnp.ceil(self.most * self.steps), 1).astype(jnp.int32)
         start_key, stop_key, step_key = jax.random.split(key, 3)
 

@@ -239,6 +239,11 @@ class RunConfig:
         """Where classifiers are that runs share."""
         return Path(self.run_dir)
 
+    @property
+    def of_so_many_steps(self) -> bool:
+        """Whether what is learned depends on the number of steps, which then may not grow."""
+        return False
+
     def check(self) -> None:
         """Refuse numbers that make no run, before any work.
 
@@ -412,6 +417,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def save_config(config: RunConfig) -> None:
     """Write config.json, with the version that wrote it."""
     stored = {"version": metadata.version("jaxdiff"), **to_json(config)}
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.run_dir) / "config.json", stored)
 
 
@@ -425,7 +431,7 @@ def contradictions(stored: dict[str, Any], config: RunConfig) -> list[str]:
             before, now = old.get(name), new.get(name)
             if isinstance(before, dict) and isinstance(now, dict):
                 yield from compare(before, now, f"{prefix}{name}.")
-            elif name == "steps" and now > before:
+            elif name == "steps" and now > before and not config.of_so_many_steps:
                 continue  # longer is the same run
             elif before != now and f"{prefix}{name}" not in FREE_DATA:
                 yield f"{prefix}{name}: {before} there, {now} here"

@@ -65,6 +65,11 @@ class Config(DerivedConfig):
         return METHODS[self.distill.method]
 
     @property
+    def of_so_many_steps(self) -> bool:
+        """See `RunConfig`."""
+        return self.method.scheduled
+
+    @property
     def scales(self) -> tuple[float, float] | None:
         """Of a student that is told them."""
         if self.method.told == "always" and not self.distill.scales:
@@ -98,6 +103,11 @@ class Config(DerivedConfig):
         least = len(distillation.rounds(*ROUNDS))
         if chosen.method == "progressive" and self.steps < least:
             raise ValueError(f"`steps` must be at least {least}, one a round, got {self.steps}.")
+        if chosen.guidance_scale != 1 and self.scales is not None:
+            raise ValueError(
+                "`distill.guidance_scale` must be 1 for a student that is told the scale, got "
+                f"{chosen.guidance_scale}. Its range is --scales, {self.scales}."
+            )
         if chosen.guidance_scale != 1 and not self.method.guided:
             raise ValueError(
                 f"`distill.guidance_scale` must be 1 for {chosen.method!r}, which has no guided "
@@ -284,6 +294,7 @@ class Method:
         pairs: whether it learns from noise and what the teacher makes of it.
         teacher: what learns nothing, of the parts.
         seen: the base as the method sees it.
+        scheduled: whether something is over by the last step, so that a longer run is another one.
     """
 
     paper: str
@@ -300,16 +311,7 @@ class Method:
     pairs: bool = False
     teacher: Callable[[Parts], Denoiser] = lambda parts: parts.teacher
     seen: Callable[[NetworkDenoiser], NetworkDenoiser] = _same
-
-
-class EachRound(eqx.Module):
-    """Whether a step is the first of a round, but of the first one."""
-
-    length: Array
-
-    def __call__(self, step: Array) -> Array:
-        """A boolean scalar."""
-        return (step > 0) & (step % self.length == 0)
+    scheduled: bool = False
 
 
 def _progressive(parts: Parts) -> dict[str, Player]:
@@ -320,7 +322,7 @@ def _progressive(parts: Parts) -> dict[str, Player]:
     # A student of all scales is sampled by double jumps, too, which start between its steps.
     shifts = 1 if parts.scales is None else 2
     loss = distillation.ProgressiveDistillation(halving, shifts=shifts, scales=parts.scales)
-    teacher = Player(parts.base, Follow("student"), every=EachRound(jnp.asarray(length)))
+    teacher = Player(parts.base, Follow("student"), every=halving.begins)
     return {"teacher": teacher, "student": parts.player(parts.student(), loss)}
 
 
@@ -481,7 +483,7 @@ METHODS: dict[str, Method] = {
     # The last student of all is for one step.
     "progressive": Method(
         "Salimans, Ho 2022", _progressive, kind="denoiser", evaluations=(1,), guided=False,
-        told=True, again=True,
+        told=True, again=True, scheduled=True,
     ),
     "guided": Method("Meng et al. 2022", _guided, kind="denoiser", told="always", conditions=True),
     "consistency": Method("Song et al. 2023", _consistency, told=True, seen=as_edm),
@@ -489,10 +491,14 @@ METHODS: dict[str, Method] = {
         "Luo et al. 2023", _consistency, told="always", conditions=True, seen=as_edm
     ),
     "consistency-training": Method(
-        "Song, Dhariwal 2023", _consistency_training, guided=False, seen=as_edm
+        "Song, Dhariwal 2023", _consistency_training, guided=False, seen=as_edm, scheduled=True
     ),
-    "easy-consistency": Method("Geng et al. 2024", _easy, guided=False, seen=as_edm),
-    "continuous-consistency": Method("Lu, Song 2024", _continuous, told=True, seen=as_trigflow),
+    "easy-consistency": Method(
+        "Geng et al. 2024", _easy, guided=False, seen=as_edm, scheduled=True
+    ),
+    "continuous-consistency": Method(
+        "Lu, Song 2024", _continuous, told=True, seen=as_trigflow, scheduled=True
+    ),
     "boot": Method("Gu et al. 2023", _boot, gamma=None, evaluations=(1,), told=True),
     "reflow": Method("Liu et al. 2022", _reflow, kind="denoiser", pairs=True),
     "pair-regression": Method(
