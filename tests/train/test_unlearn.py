@@ -9,7 +9,9 @@ import chex
 import jax
 import numpy as np
 import pytest
+import tyro
 
+from jaxdiff.data import PROMPT_WORDS
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.distillation import Jump
 from jaxdiff.flow_map import FlowMap
@@ -20,7 +22,7 @@ from jaxdiff.training import (
     make_train_step,
     save_model,
 )
-from train import benchmark_unlearning, sample, unlearn
+from train import benchmark_unlearning, benchmark_words, sample, unlearn
 from train.core import lines
 from train.core.config import EvaluationConfig, NetworkConfig, save_config
 from train.core.data import DataInfo, build_sources
@@ -33,11 +35,12 @@ from train.unlearning.recipe import METHODS, Parts
 TINY = {"num_samples": 32, "batch_size": 16, "sampling_steps": 2, "trajectory_steps": 2}
 
 
-def small_run(run_dir, **data):
+def small_run(run_dir, patch_size=2, **data):
     """Digits by the smallest of networks, which has learned nothing."""
     config = Config(
         run_dir=str(run_dir),
-        network=NetworkConfig(kind="dit", channels=16, depth=1),  # traced quickly
+        # Traced quickly.
+        network=NetworkConfig(kind="dit", channels=16, depth=1, patch_size=patch_size),
         evaluation=EvaluationConfig(classifier_steps=20),
     )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
@@ -185,3 +188,35 @@ def test_what_cannot_be_forgotten_is_refused_before_any_work(digits, tmp_path):
     toy, _ = build_sources(dataclasses.replace(configured(Options(digits)).data, name="two_moons"))
     with pytest.raises(ValueError, match="`base` must be a run on data of classes"):
         check_forget(toy, (0,))
+
+
+def test_words_are_forgotten_at_every_place_and_searched_for(tmp_path):
+    """By edits, by learning, at the door; a model of nothing shows what it shows before."""
+    run_dir = small_run(tmp_path / "run", patch_size=8, name="prompts")
+    out = tmp_path / "words.jsonl"
+    few = ["--steps", "1", "--num-samples", "16", "--sampling-steps", "2", "--attack-steps", "2"]
+    arguments = [run_dir, "--out", str(out), "--forget", "red", *few]
+    chosen = ["UCE", "ESD-x, defended", "SAFREE", "safe latent"]
+    assert benchmark_words.cli([*arguments, "--methods", *chosen]) == 0
+    rows = lines.read(out)
+    assert [row["name"] for row in rows] == ["before", *chosen]
+    before = rows[0]
+    for row in rows:
+        shares = [row[name] for name in benchmark_words.TITLES]
+        assert all(0 <= share <= 1 for share in shares)
+        assert len(row["found"]) == 2 and not set(row["found"]) - set(PROMPT_WORDS)
+        assert (tmp_path / "words" / "run" / f"{row['name']}.png").exists()
+    # An edit of one word changes nothing that does not say it.
+    for figure in ("others", "unasked"):
+        assert rows[1][figure] == before[figure]
+    assert benchmark_words.cli([*arguments, "--methods", "UCE"]) == 0  # done already
+    assert len(lines.read(out)) == len(rows)
+    assert benchmark_words.cli(["--out", str(out), "--table"]) == 0
+    assert "| UCE |" in out.with_suffix(".md").read_text()
+    for wrong, message in (
+        (["--forget", "purple"], "must be a word of the captions"),
+        (["--methods", "none"], "`methods` must be among"),
+    ):
+        other = [run_dir, "--out", str(tmp_path / "other.jsonl"), *few, *wrong]
+        with pytest.raises(ValueError, match=message):
+            benchmark_words.main(tyro.cli(benchmark_words.Benchmark, args=other))
