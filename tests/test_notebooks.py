@@ -157,6 +157,18 @@ def test_distillation(digits, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_unlearning(digits, monkeypatch, capsys):
+    seen = run(ROOT / "notebooks" / "unlearning.ipynb", digits, monkeypatch)
+    found = seen["found"]
+    assert len(found) == 9 and all(np.isfinite(list(row.values())).all() for row in found.values())
+    # Another name for the class changes nothing else.
+    assert found["renamed"]["unasked"] == found["before"]["unasked"]
+    assert seen["errors"]["renamed"] == [1.0] * 5
+    np.testing.assert_allclose(seen["curves"]["renamed"], seen["curves"]["before"])
+    assert np.isfinite(seen["pictures"]["after"]).all()
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_with_outputs_and_nothing_private(path):
     code, text = cells(path), path.read_text()

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Array
 from jaxdiff import guidance, losses, unlearning
 from jaxdiff.data import ArraySource, make_loader
 from jaxdiff.denoiser import Denoiser, NetworkDenoiser
+from jaxdiff.parallel import path_of
 from jaxdiff.training import Player, init_train_state, make_train_step
 
 RADIUS = 0.3  # of the ball that is defended, in lengths of the word's own vector
@@ -173,11 +173,11 @@ def _relabelled(parts: Parts) -> Speaker:
 
 
 def _renamed(parts: Parts) -> Speaker:
-    table = table_of(parts.base)
-    changed = table.at[parts.word].set(table[parts.others[0]])
-    return Speaker(
-        eqx.tree_at(lambda m: m.network.embedding.words.embedding[...], parts.base, changed)
-    )
+    def one(path, leaf):
+        table = path_of(path).endswith("words/embedding")
+        return leaf.at[parts.word].set(leaf[parts.others[0]]) if table else leaf
+
+    return Speaker(jax.tree_util.tree_map_with_path(one, parts.base))
 
 
 def _safree(parts: Parts) -> Speaker:
