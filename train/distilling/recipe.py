@@ -458,7 +458,8 @@ def _inductive(parts: Parts) -> dict[str, Player]:
 
 
 def _sid(parts: Parts) -> dict[str, Player]:
-    return parts.generator(distillation.SiD(start=parts.start))
+    # 1.2, as published, has the wrong sign for laws that are too wide.
+    return parts.generator(distillation.SiD(1.0, start=parts.start))
 
 
 class Head(eqx.Module):
