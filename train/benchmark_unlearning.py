@@ -106,9 +106,11 @@ def check(plan: Benchmark, rows: list[dict[str, Any]]) -> None:
     seeds = {Path(base).name: seed_of(base) for base in plan.bases}
     if not len(set(seeds.values())) == len(seeds) == len(plan.bases):
         raise ValueError(f"`bases` must have names and seeds of their own, got {seeds}.")
+    if len({seed_of(run_dir) for run_dir in plan.retrained}) < len(plan.retrained):
+        raise ValueError(f"`retrained` must be of different seeds, got {plan.retrained}.")
     for run_dir in plan.retrained:
         without = load_config(run_dir, RunConfig).data.exclude_class
-        if seed_of(run_dir) not in seeds.values() or not set(plan.forget) <= set(without):
+        if seed_of(run_dir) not in seeds.values() or set(plan.forget) != set(without):
             raise ValueError(
                 f"`retrained` must be runs of the seeds {sorted(seeds.values())} that never saw "
                 f"the classes {plan.forget} (--data.exclude-class), got {run_dir} of seed "
@@ -118,6 +120,11 @@ def check(plan: Benchmark, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if seeds.get(row["base"], row["seed"]) != row["seed"]:
             raise ValueError(f"`out` has lines of another run named {row['base']!r}.")
+        if row["base"] not in seeds and row["seed"] in seeds.values():
+            raise ValueError(
+                f"`out` has lines of the seed {row['seed']} of {row['base']!r}, which are one with "
+                "others of that seed. Pass another file."
+            )
 
 
 def run(plan: Benchmark, base: str, method: str, retrained: dict[int, str]) -> None:

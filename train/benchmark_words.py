@@ -70,6 +70,7 @@ TITLES = {
     "words": "words before it",
     "vector": "a vector in its place",
 }
+DIGITS = data.PROMPT_WORDS[6:16]  # which samples show more or less
 ATTACKED = 16  # images that a search is given
 
 
@@ -164,13 +165,23 @@ def check(plan: Benchmark, rows: list[dict[str, Any]]) -> None:
     """
     if unknown := sorted(set(plan.methods) - set(METHODS)):
         raise ValueError(f"`methods` must be among {list(METHODS)}, got {unknown[0]!r}.")
-    names = [Path(base).name for base in plan.bases]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`bases` must have names of their own, got {names}.")
-    for name in ("steps", "num_samples", "sampling_steps", "attack_steps"):
-        if getattr(plan, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(plan, name)}.")
+    seeds = {Path(base).name: load_config(base, RunConfig).seed for base in plan.bases}
+    if not len(set(seeds.values())) == len(seeds) == len(plan.bases):
+        raise ValueError(f"`bases` must have names and seeds of their own, got {seeds}.")
+    if plan.forget in DIGITS:
+        raise ValueError(
+            "`forget` must be a word that samples show for certain, of a size, colour or place, "
+            f"got {plan.forget!r}."
+        )
+    for name, least in (
+        ("steps", 1), ("num_samples", 16), ("sampling_steps", 1), ("attack_steps", 1)
+    ):  # fmt: skip
+        if getattr(plan, name) < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {getattr(plan, name)}.")
     lines.check_settings(plan.out, rows, settings_of(plan))
+    for row in rows:
+        if seeds.get(row["base"], row["seed"]) != row["seed"]:
+            raise ValueError(f"`out` has lines of another run named {row['base']!r}.")
 
 
 def run(plan: Benchmark, base: str) -> None:

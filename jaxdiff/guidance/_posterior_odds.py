@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate, combined
-from jaxdiff.guidance._scale import both_answers
+from jaxdiff.guidance._scale import both_answers, check_condition
 
 
 class PosteriorOdds(DenoiserMap):
@@ -44,6 +43,7 @@ class PosteriorOdds(DenoiserMap):
     def __check_init__(self):
         check_callable("log_odds", self.log_odds, "lambda x, t: network(x, t)[0]")
         check_number("most", self.most, least=0.0)
+        check_condition("forget_cond", self.forget_cond)
 
     def check_cond(self, cond: PyTree) -> None:
         """See `Denoiser`; the forgotten condition too."""
@@ -60,6 +60,12 @@ class PosteriorOdds(DenoiserMap):
     ) -> Estimate:
         """See `Denoiser`."""
         whole, part = both_answers(self.base, x, t, cond, self.forget_cond, key)
-        odds = jnp.minimum(jnp.exp(jnp.minimum(self.log_odds(x, t), 80.0)), self.most)
-        scale = jax.lax.stop_gradient(odds).astype(x.dtype)
+        log_odds = self.log_odds(x, t)
+        if jnp.ndim(log_odds):
+            raise ValueError(
+                f"`log_odds` must return a scalar, got shape {jnp.shape(log_odds)}. Take the logit "
+                "of the forgotten class alone."
+            )
+        # Odds depend on x: the derivative of the answer, by which densities are known, has theirs.
+        scale = jnp.minimum(jnp.exp(jnp.minimum(log_odds, 80.0)), self.most).astype(x.dtype)
         return combined(lambda a, f: a - scale * (f - a), self.process, x, t, whole, part)

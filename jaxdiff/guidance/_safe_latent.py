@@ -8,7 +8,7 @@ from jaxdiff._checks import check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.conditions import null_where
 from jaxdiff.denoiser import Denoiser, Estimate
-from jaxdiff.guidance._scale import Scale, WithNull, check_scale, scale_at
+from jaxdiff.guidance._scale import Scale, WithNull, check_condition, check_scale, scale_at
 from jaxdiff.stepwise import Stepwise, index_of
 
 
@@ -62,6 +62,7 @@ class SafeLatent(Stepwise, WithNull):
         check_number("threshold", self.threshold, finite=False)
         check_number("momentum", self.momentum)
         check_number("decay", self.decay, least=0.0, below=1.0)
+        check_condition("unsafe_cond", self.unsafe_cond)
 
     @property
     def evaluations(self) -> Array | int:

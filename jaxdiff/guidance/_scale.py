@@ -120,6 +120,18 @@ def check_null_cond(null_cond: PyTree) -> None:
         )
 
 
+def check_condition(argument: str, cond: PyTree) -> None:
+    """Reject None for a condition that is to be kept away from: nothing would be.
+
+    Raises:
+        ValueError: for it.
+    """
+    if cond is None:
+        raise ValueError(
+            f"`{argument}` must be what is to be kept away from, got None. Pass a class, say."
+        )
+
+
 class WithNull(DenoiserMap):
     """Base of the maps that look at one denoiser under its condition, and under none."""
 

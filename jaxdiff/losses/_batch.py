@@ -98,7 +98,7 @@ def drop_cond(key: PRNGKeyArray, cond: PyTree, null_cond: PyTree, rate: Array | 
     return null_where(jax.random.bernoulli(key, rate), cond, null_cond)
 
 
-def time_dtype(x: Array) -> Any:
+def time_dtype(x: Any) -> Any:
     """That of times of examples: of a bfloat16 one the last time would be beyond the last."""
     return jnp.promote_types(x.dtype, jnp.float32)
 

@@ -49,6 +49,10 @@ class Player(eqx.Module):
         loss.gradient(model, key, batch, frozen) -> (scalar, metrics[, state]), gradient
                                             it makes its own gradient, a model with gradients in
                                             place of weights, as of `equinox.filter_grad`
+        loss.gradients(...) -> (scalar, metrics[, state]), gradients
+        loss.combine(*gradients) -> gradient
+                                            it has several, and a rule for those of the weights that
+                                            learn, of which a mask leaves others out
 
     Args:
         model: any pytree, usually a `NetworkDenoiser`.
@@ -500,8 +504,17 @@ def _update(name: str, player: Player, used, state: PlayerState, key, batch, fro
         moved, opt_state = _masked(player.mask, moved, params), None
         model = eqx.tree_at(player.trainable, model, eqx.combine(moved, player.trainable(model)))
     else:
-        if hasattr(player.loss, "gradient"):
-            result, grads = player.loss.gradient(used(state.model), *args)
+        rule: Any = player.loss
+        if hasattr(rule, "combine"):
+            result, each = rule.gradients(used(state.model), *args)
+            value, *found = _returned(name, result)
+            learned = [eqx.filter(player.trainable(g), eqx.is_inexact_array) for g in each]
+            # The rule is for what learns.
+            grads = rule.combine(
+                *(_masked(player.mask, g, jax.tree.map(jnp.zeros_like, g)) for g in learned)
+            )
+        elif hasattr(rule, "gradient"):
+            result, grads = rule.gradient(used(state.model), *args)
             value, *found = _returned(name, result)
             grads = eqx.filter(player.trainable(grads), eqx.is_inexact_array)
         else:

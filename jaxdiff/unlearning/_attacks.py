@@ -10,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_callable, check_count, check_key, check_number
 from jaxdiff.denoiser import Denoiser
-from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._batch import check_batch, time_dtype, wide
 
 
 def onto_simplex(v: Array) -> Array:
@@ -25,12 +25,14 @@ def onto_simplex(v: Array) -> Array:
     Reference: Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient Projections onto the l1-Ball for
     Learning in High Dimensions", 2008, figure 1.
     """
+    dtype, v = v.dtype, wide(v)
+    v = v - v.max(axis=-1, keepdims=True)  # the same point, and no sum of large numbers
     ordered = jnp.flip(jnp.sort(v, axis=-1), axis=-1)
     count = jnp.arange(1, v.shape[-1] + 1)
     excess = (jnp.cumsum(ordered, axis=-1) - 1) / count
     kept = jnp.sum(ordered > excess, axis=-1, keepdims=True)
     tau = jnp.take_along_axis(excess, kept - 1, axis=-1)
-    return jnp.maximum(v - tau, 0)
+    return jnp.maximum(v - tau, 0).astype(dtype)
 
 
 def attack(
@@ -91,7 +93,7 @@ def attack(
     def error(v, key):
         def one(i, x0, cond):
             time_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-            t = grid[jax.random.randint(time_key, (), 0, levels)].astype(x0.dtype)
+            t = grid[jax.random.randint(time_key, (), 0, levels)].astype(time_dtype(x0))
             eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
             x = process.marginal(x0, eps, t).astype(x0.dtype)
             found = denoiser.estimate(x, t, into(v, cond)).noise(process, x, t)

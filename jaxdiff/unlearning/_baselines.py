@@ -10,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.losses import DenoisingLoss
-from jaxdiff.unlearning._shared import forget_of
+from jaxdiff.unlearning._shared import check_inner, forget_of
 
 
 class GradientAscent(eqx.Module):
@@ -34,6 +34,7 @@ class GradientAscent(eqx.Module):
 
     def __check_init__(self):
         check_callable("loss", self.loss, "losses.DenoisingLoss()")
+        check_inner(self.loss)
         check_number("bound", self.bound)
 
     def __call__(
@@ -101,6 +102,7 @@ class Repulsion(eqx.Module):
 
     def __check_init__(self):
         check_callable("loss", self.loss, "losses.DenoisingLoss()")
+        check_inner(self.loss)
         check_number("gamma", self.gamma, least=0.0)
         check_number("width", self.width, above=0.0)
 

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, PyTree
 
@@ -28,9 +29,9 @@ def edited_kernel(
               + ridge |W - W_0|^2
 
     As W_0 + D: (sum erase erase^T + keep_scale sum keep keep^T + ridge) D = erase^T (into - erase)
-    W_0, solved by Cholesky's factors in float32 or wider. What is orthogonal to all of `erase` is
-    said as before; what is kept exactly so if erased inputs are orthogonal to it. With ridge to 0
-    and independent inputs, erase W = into W_0.
+    W_0, solved by Cholesky's factors in float32 or wider. Without `keep`, what is orthogonal to all
+    of `erase` is said as before; with it, what is kept exactly so if erased inputs are orthogonal
+    to all of it. With ridge to 0 and independent inputs, erase W = into W_0.
 
     Args:
         kernel: W_0, `(inputs, outputs)`.
@@ -129,6 +130,16 @@ def edit_classes(model: PyTree, forget: Any, into: Any) -> PyTree:
     """
     leaves, structure = tree_flatten_with_path(model)
     hits = [path_of(path).endswith("classes/embedding") for path, _ in leaves]
+    # The last row of a table means none.
+    tables = [leaf for (_, leaf), hit in zip(leaves, hits, strict=True) if hit]
+    count = min((len(table) - 1 for table in tables), default=0)
+    for name, value in (("forget", forget), ("into", into)):
+        found = np.atleast_1d(np.asarray(value))
+        whole = np.issubdtype(found.dtype, np.integer) and found.size
+        if any(hits) and (not whole or found.min() < 0 or found.max() >= count):
+            raise ValueError(f"`{name}` must be classes in [0, {count}), got {value}.")
+    if len(np.unique(forget)) < np.size(forget):
+        raise ValueError(f"`forget` must be different classes, got {forget}.")
     if not any(hits):
         raise ValueError(
             "`model` must have a table of classes, got none in it. Make the network with "

@@ -11,6 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.losses._batch import wide
+from jaxdiff.unlearning._shared import check_inner
 
 
 class Both(eqx.Module):
@@ -32,6 +33,7 @@ class Both(eqx.Module):
         check_callable("forget", self.forget, "unlearning.Relabelled(unlearning.NextClass(10))")
         check_callable("retain", self.retain, "losses.DenoisingLoss()")
         check_number("weight", self.weight)
+        check_inner(self.forget, self.retain)
 
     def __call__(
         self, model: PyTree, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any
@@ -67,7 +69,14 @@ class _TwoGradients(Both):
     def gradient(
         self, model: PyTree, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any
     ) -> tuple[tuple[Array, dict[str, Array]], PyTree]:
-        """See `Player`: the values as of a call, and the gradient by the rule."""
+        """The values as of a call, and the gradient by the rule."""
+        found, gradients = self.gradients(model, key, batch, frozen)
+        return found, self.combine(*gradients)
+
+    def gradients(
+        self, model: PyTree, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any
+    ) -> tuple[tuple[Array, dict[str, Array]], tuple[PyTree, PyTree]]:
+        """See `Player`: the values as of a call, and both gradients."""
         forget_key, retain_key = jax.random.split(key)
 
         def of(loss, key):
@@ -76,7 +85,7 @@ class _TwoGradients(Both):
         (forget, _), g_forget = of(self.forget, forget_key)
         (retain, _), g_retain = of(self.retain, retain_key)
         parts = {"forget": forget, "retain": retain}
-        return (forget + self.weight * retain, parts), self.combine(g_forget, g_retain)
+        return (forget + self.weight * retain, parts), (g_forget, g_retain)
 
 
 class EraseDiff(_TwoGradients):

@@ -27,9 +27,10 @@ def decorrelate(tokens: Array, unwanted: Array, *, rank: int = 1, alpha: Number 
     Reference: Jang, Kim, Park, Kim, Lee, Jeong, "DECOR: Decomposition and Projection of Text
     Embeddings for Text-to-Image Customization", 2024, arXiv 2412.09169.
     """
-    check_count("rank", rank)
+    if check_count("rank", rank) > min(unwanted.shape):
+        raise ValueError(f"`rank` must be at most {min(unwanted.shape)}, got {rank}.")
     check_number("alpha", alpha)
-    basis = jnp.linalg.svd(unwanted, full_matrices=False)[2][:rank]
+    basis = _directions(unwanted)[:rank]
     return tokens - alpha * (tokens @ basis.T) @ basis
 
 
@@ -54,10 +55,15 @@ def damp(tokens: Array, *, components: int = 1) -> Array:
 
 def projection(rows: Array) -> Array:
     """The orthogonal projection on the span of rows `(k, size)`, `(size, size)`."""
+    kept = _directions(rows)
+    return kept.T @ kept
+
+
+def _directions(rows: Array) -> Array:
+    """Orthogonal vectors of a span, by their weight, and zeros in place of those there are not."""
     _, s, v = jnp.linalg.svd(rows, full_matrices=False)
     least = jnp.max(s) * max(rows.shape) * jnp.finfo(s.dtype).eps
-    kept = jnp.where((s > least)[:, None], v, 0)
-    return kept.T @ kept
+    return jnp.where((s > least)[:, None], v, 0)
 
 
 def safree(
@@ -86,6 +92,11 @@ def safree(
     Text-to-Image And Video Generation", 2024, arXiv 2410.12761.
     """
     check_number("alpha", alpha)
+    if masked.shape != tokens.shape or len(tokens) < 2:
+        raise ValueError(
+            "`masked` must be the prompt without each of its tokens, two or more, of the shape of "
+            f"`tokens` {tokens.shape}, got {masked.shape}."
+        )
     away = jnp.eye(tokens.shape[1], dtype=tokens.dtype) - projection(concepts)
     lengths = jnp.linalg.norm(masked @ away, axis=1)
     count = len(lengths)

@@ -10,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxdiff._checks import check_callable, check_cond, check_count, check_key
 from jaxdiff.denoiser import Denoiser, edit_taps, reading
 from jaxdiff.sampling import denoise, resolve_grid
-from jaxdiff.solvers import DDIM, DiffusionSolver
+from jaxdiff.solvers import DDIM, DiffusionSolver, GaussianSolver
 
 
 def _put(value: Array, old: Array) -> Array:
@@ -43,20 +43,21 @@ def indirect_effects(
 
     Args:
         key: typed key.
-        denoiser: a network's denoiser, or guidance and other maps of one.
+        denoiser: a network's denoiser, or a map of it that evaluates it once.
         shape: of an example.
         score: `(B, *event) -> (B,)`, such as a classifier's probability of the class.
         taps: names, see `taps.tap_names`.
         cond: leading axis B.
         corrupted: likewise, such as that which means none.
         times: number of steps, or a decreasing grid `(n + 1,)`, as of `sample`.
-        solver: of single steps.
+        solver: that evaluates once a step, and draws from a Gaussian kernel or not at all.
 
     Returns:
         `{"total": scalar, "indirect": {tap: scalar}, "x": {name: (B, *event)}}`, the ends of all
         runs under "clean", "corrupted" and the names of the taps.
 
     Raises:
+        TypeError: for guidance, or a solver of several evaluations a step.
         ValueError: for conditions of unequal numbers, or taps that the network does not have.
 
     Reference: Basu, Zhao, Morariu, Feizi, Manjunatha, "Localizing and Editing Knowledge in
@@ -65,6 +66,18 @@ def indirect_effects(
     """
     check_key(key)
     check_callable("score", score, "lambda x: classifier(x)[:, 3]")
+    if not isinstance(solver, GaussianSolver):
+        raise TypeError(
+            "`solver` must evaluate once a step, as DDIM() and Ancestral() do, got "
+            f"{type(solver).__name__}: another evaluation's activations are not those kept."
+        )
+    if not isinstance(denoiser.evaluations, int) or denoiser.evaluations != 1:
+        raise TypeError(
+            "`denoiser` must evaluate its network once, got one with "
+            f"{denoiser.evaluations}, to all of which an activation would go. Leave guidance out."
+        )
+    if not jax.tree.leaves(cond):
+        raise ValueError("`cond` must be conditions of a batch, got none.")
     count = len(jax.tree.leaves(cond)[0])
     check_count("len(cond)", count)
     check_cond(corrupted, count)

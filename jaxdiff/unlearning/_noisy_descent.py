@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxdiff._checks import check_number
-from jaxdiff._tree import Number
+from jaxdiff._checks import check_key, check_number
+from jaxdiff._tree import Number, is_known
 
 
 def noisy_descent(
@@ -19,7 +19,8 @@ def noisy_descent(
     deleted: begin them anew (`training.next_phase(fresh=...)`).
 
     Args:
-        key: typed key, of all draws.
+        key: typed key, of all draws. Noise of a second phase must be new for the guarantee: give
+            it another key, since a state that begins anew counts from 0.
         rate: eta.
         noise: sigma, >= 0.
         decay: lambda of the ridge (lambda / 2) |theta|^2 in the loss.
@@ -30,6 +31,7 @@ def noisy_descent(
     Reference: Chourasia, Shah, "Forget Unlearning: Towards True Data-Deletion in Machine
     Learning", 2022, arXiv 2210.08911, algorithm 1.
     """
+    check_key(key)
     check_number("rate", rate, above=0.0)
     check_number("noise", noise, least=0.0)
     check_number("decay", decay, least=0.0)
@@ -129,6 +131,14 @@ def quadratic_divergence(
     Reference: derived; the bound that it is to respect is of Chourasia, Shah, 2022, arXiv
     2210.08911.
     """
+    check_number("order", order, above=1.0)
+    for name, value in (("decay", decay), ("noise", noise), ("rate", rate)):
+        check_number(name, value, above=0.0)
+    check_number("steps", steps, least=0.0)
+    if is_known(rate) and is_known(decay) and not float(rate) * float(decay) < 2:
+        raise ValueError(
+            f"`rate` must be below 2 / decay, where learning has a law, got {rate} of {decay}."
+        )
     rho = 1 - rate * decay
     variance = noise**2 / (decay * (1 - rate * decay / 2))
     return order * rho ** (2 * steps) * jnp.sum(jnp.asarray(apart) ** 2) / (2 * variance)

@@ -62,7 +62,20 @@ class Always(Override):
         return replaced(cond, self.cond)
 
 
+def _labels(cond: PyTree) -> Array:
+    found = as_entries(cond).get("label")
+    known = found is not None and jnp.ndim(found) == 1
+    if not known or not jnp.issubdtype(jnp.result_type(found), jnp.integer):
+        got = "none" if found is None else f"{jnp.result_type(found)} of shape {jnp.shape(found)}"
+        raise ValueError(
+            f"`cond` must have a class for every example, integers (B,), got {got}. Say what else "
+            "takes its place by unlearning.Always(cond)."
+        )
+    return jnp.asarray(found)
+
+
 def _relabelled(cond: PyTree, labels: Array) -> PyTree:
+    _labels(cond)
     entries = as_entries(cond)
     return from_entries({**entries, "label": labels.astype(jnp.result_type(entries["label"]))})
 
@@ -100,7 +113,7 @@ class NextClass(Override):
     def __call__(self, key: PRNGKeyArray, cond: PyTree, x: Array) -> PyTree:
         """See `Override`."""
         del key, x
-        labels = jnp.asarray(as_entries(cond)["label"])
+        labels = _labels(cond)
         return _relabelled(cond, (labels + 1) % self.num_classes)
 
 

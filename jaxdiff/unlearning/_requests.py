@@ -12,6 +12,7 @@ from jaxdiff._tree import Number, number
 from jaxdiff.conditions import as_entries
 from jaxdiff.denoiser import Denoiser, DenoiserMap, Estimate
 from jaxdiff.finetuning import Adapter, adapt
+from jaxdiff.unlearning._shared import check_inner
 
 
 class Requests(DenoiserMap):
@@ -59,8 +60,12 @@ class Requests(DenoiserMap):
     ) -> Estimate:
         """See `Denoiser`."""
         label = as_entries(cond).get("label")
-        if label is None:
-            raise TypeError("`cond` must have a class, by which Requests chooses, got none.")
+        known = label is not None and jnp.ndim(label) == 0
+        if not known or not jnp.issubdtype(jnp.result_type(label), jnp.integer):
+            raise TypeError(
+                "`cond` must have a class, an integer, by which Requests chooses, got "
+                f"{'none' if label is None else jnp.result_type(label)}."
+            )
         of_class = [jnp.any(jnp.asarray(group) == label) for group in self.classes]
         which = jnp.argmax(jnp.stack([*of_class, jnp.bool_(True)]))
         models = [*(adapt(self.base, adapter) for adapter in self.adapters), self.base]
@@ -113,6 +118,7 @@ class Apart(eqx.Module):
     def __check_init__(self):
         check_callable("loss", self.loss, "unlearning.Relabelled(unlearning.NextClass(10))")
         check_number("weight", self.weight, least=0.0)
+        check_inner(self.loss)
 
     def __call__(
         self, model: Denoiser, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any

@@ -5,12 +5,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff._checks import check_kind, check_number
-from jaxdiff._tree import Number
+from jaxdiff._tree import Number, is_known
 from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.losses import TimeLaw, Uniform, UniformTime, Weighting
+from jaxdiff.losses._batch import wide
 from jaxdiff.losses._frozen import still
 from jaxdiff.unlearning._overrides import Override
 from jaxdiff.unlearning._shared import asked, forget_of
@@ -81,13 +83,13 @@ def saliency_mask(gradient: PyTree, share: Number = 0.5) -> PyTree:
     Args:
         gradient: of the loss of what is to be forgotten at the weights before any step, as of
             `equinox.filter_grad`; of the part of the model that learns.
-        share: of all entries together, in (0, 1].
+        share: of all entries together, in (0, 1]; those of no gradient are none of it.
 
     Returns:
         Booleans like the gradient's arrays, as `Player(mask=...)` takes them.
 
     Raises:
-        ValueError: for a share outside (0, 1].
+        ValueError: for a share outside (0, 1], or a gradient that is not finite.
 
     Reference: Fan, Liu, Zhang, Wong, Wei, Liu, "SalUn: Empowering Machine Unlearning via
     Gradient-based Weight Saliency in Both Image Classification and Generation", 2023, arXiv
@@ -95,6 +97,10 @@ def saliency_mask(gradient: PyTree, share: Number = 0.5) -> PyTree:
     """
     check_number("share", share, above=0.0, most=1.0)
     leaves = jax.tree.leaves(gradient)
-    sizes = jnp.abs(jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in leaves]))
+    if any(is_known(leaf) and not np.all(np.isfinite(leaf)) for leaf in leaves):
+        raise ValueError("`gradient` must be finite, got NaN or infinity in it.")
+    sizes = jnp.abs(jnp.concatenate([jnp.ravel(wide(leaf)) for leaf in leaves]))
     least = jnp.sort(sizes)[len(sizes) - jnp.ceil(share * len(sizes)).astype(jnp.int32)]
-    return jax.tree.map(lambda leaf: jnp.abs(leaf) >= least, gradient)
+    return jax.tree.map(
+        lambda leaf: (jnp.abs(wide(leaf)).astype(sizes.dtype) >= least) & (leaf != 0), gradient
+    )

@@ -52,6 +52,13 @@ class SelectiveAmnesia(eqx.Module):
         check_kind("loss", self.loss, DenoisingLoss, "losses.DenoisingLoss()")
         check_number("replay", self.replay, least=0.0)
         check_number("elastic", self.elastic, least=0.0)
+        if not isinstance(self.surrogate, tuple) or len(self.surrogate) != 2:
+            raise ValueError(f"`surrogate` must be (least, most), got {self.surrogate!r}.")
+        for n, end in enumerate(self.surrogate):
+            check_number(f"surrogate[{n}]", end)
+        low, high = self.surrogate
+        if isinstance(low, float | int) and isinstance(high, float | int) and low >= high:
+            raise ValueError(f"`surrogate` must be in order, (least, most), got {self.surrogate}.")
 
     def __call__(
         self, model: Denoiser, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any

@@ -14,6 +14,7 @@ from jaxdiff.conditions import null_where
 from jaxdiff.denoiser import Denoiser
 from jaxdiff.losses import Weighting
 from jaxdiff.losses._batch import check_batch, wide
+from jaxdiff.losses._frozen import said_by
 
 FORGET = "forget"
 
@@ -67,6 +68,20 @@ def beside_anchors(batch: Any) -> dict[str, Any]:
     return rows
 
 
+def check_inner(*losses: Any) -> None:
+    """Reject losses with a rule for gradients, of which another loss would see the sum alone.
+
+    Raises:
+        TypeError: for one inside another.
+    """
+    for loss in losses:
+        if hasattr(loss, "gradient"):
+            raise TypeError(
+                f"{type(loss).__name__} combines gradients, and must be outermost, got it inside "
+                "another loss. Turn them: it takes the others as its `forget` and `retain`."
+            )
+
+
 class OnForgotten(eqx.Module):
     """Another loss, of the examples that are to be forgotten.
 
@@ -81,6 +96,7 @@ class OnForgotten(eqx.Module):
     def __check_init__(self):
         check_callable("loss", self.loss, "losses.DenoisingLoss()")
         check_number("scale", self.scale)
+        check_inner(self.loss)
 
     def __call__(
         self, model: PyTree, key: PRNGKeyArray, batch: dict[str, Any], frozen: Any
@@ -101,14 +117,14 @@ def asked(
     """What a denoiser says of a batch, `(B, *event)`.
 
     Args:
-        model: the denoiser.
+        model: the denoiser; without a key one whose noise is that which its x0 implies.
         x: states, `(B, *event)`.
         t: their times, `(B,)`.
         cond: leading axis B, or None.
         key: of the denoiser's own randomness; example i has its fold_in with i. None for none.
     """
     if key is None:
-        return jax.vmap(model)(x, t, cond)
+        return jax.vmap(lambda x, t, cond: said_by(model, x, t, cond))(x, t, cond)
 
     def one(i, x, t, cond):
         return model(x, t, cond, key=jax.random.fold_in(key, i))

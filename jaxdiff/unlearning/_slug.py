@@ -153,12 +153,12 @@ def search_step(
     check_count("rounds", rounds, least=0)
     check_count("growth", growth, least=0)
     low, high = 0.0, float(start)
-    for _ in range(growth):
+    for n in range(growth + 1):
         if forgets(high) <= most:
             break
+        if n == growth:
+            return high
         low, high = high, 2 * high
-    else:
-        return high
     for _ in range(rounds):
         middle = (low + high) / 2
         low, high = (low, middle) if forgets(middle) <= most else (middle, high)

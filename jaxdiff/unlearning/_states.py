@@ -65,7 +65,7 @@ class NoisedExamples(States):
             x = model.process.noise(key, x0, t).astype(x0.dtype)
             return Seen(x, t, self.time_law.density(model.process, t))
 
-        return each_example(one, key, rows)
+        return jax.lax.stop_gradient(each_example(one, key, rows))
 
 
 class OnTrajectory(States):

@@ -12,7 +12,7 @@ from promises import denoiser as small_denoiser
 import jaxdiff
 from jaxdiff import finetuning, losses, oracles, predictions, processes, unlearning
 from jaxdiff.denoiser import Denoiser, NetworkDenoiser
-from jaxdiff.guidance import ClassifierFree
+from jaxdiff.guidance import CFGPlusPlus, ClassifierFree, PosteriorOdds
 from jaxdiff.training import Frozen, Player, init_train_state, make_train_step
 from jaxdiff.unlearning._shared import Seen
 
@@ -377,3 +377,105 @@ def test_wrong_arguments():
         unlearning.attack_words(KEY, base, rows, jnp.zeros((3, 2)), count=0)
     with pytest.raises(TypeError, match="`into` must be a function"):
         unlearning.attack(KEY, base, rows, jnp.zeros(2), 3)
+
+
+class Fixed(eqx.Module):
+    """Half the square of how far weights are from a point."""
+
+    goal: jax.Array
+
+    def __call__(self, model, key, batch, frozen):
+        return jnp.sum((model["network"] - self.goal) ** 2) / 2, {}
+
+
+def test_a_rule_for_gradients_is_for_what_learns(x64):
+    """Under a mask forgetting still wins, and the entries that rest have no say in it."""
+    forget, retain = Fixed(jnp.asarray([1.0, 3.0])), Fixed(jnp.asarray([-2.0, 3.5]))
+    start = {"network": jnp.asarray([0.5, 30.0])}
+    for mask in (None, jnp.asarray([True, False])):
+        player = Player(
+            start, unlearning.EraseDiff(forget, retain, 1.0, 0.1), optax.sgd(0.05), mask=mask,
+            trainable=lambda m: m["network"],
+        )  # fmt: skip
+        state, step = init_train_state({"model": player}, KEY), make_train_step({"model": player})
+        for _ in range(2000):
+            state, _ = step(state, {"x": jnp.zeros((1, 1))}, {})
+        found = state.players["model"].model["network"]
+        assert abs(found[0] - 1.0) < 0.1
+        assert (found[1] == 30.0) == (mask is not None)
+    for around in (unlearning.OnForgotten, unlearning.Apart, unlearning.Repulsion):
+        with pytest.raises(TypeError, match="EraseDiff combines gradients, and must be outermost"):
+            around(unlearning.EraseDiff(forget, retain))
+
+
+def test_odds_are_part_of_the_derivative(x64):
+    """So that densities of what guidance samples are those of the law without the class."""
+    full = classes()
+    kept = oracles.gaussian_mixture(
+        COSINE, jnp.asarray(MEANS[:2]), jnp.tile(0.16 * jnp.eye(2), (2, 1, 1))
+    )
+    own = oracles.gaussian_mixture(COSINE, jnp.asarray(MEANS[2:]), 0.16 * jnp.eye(2)[None])
+    odds = jax.tree_util.Partial(
+        lambda a, b, x, t: a.log_prob(x, t) - b.log_prob(x, t) - jnp.log(2.0), own, kept
+    )
+    model, x, t = PosteriorOdds(full, 2, odds), jnp.asarray([0.6, 0.1]), jnp.float64(0.5)
+    found, expected = (jax.jacfwd(lambda x, d=d: d(x, t, jnp.int32(3)))(x) for d in (model, kept))
+    assert_allclose(found, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_would_be_wrong_in_silence_is_refused():
+    base, adapters = requests()
+    network = base.network
+    for wrong in ((99, 0), (0, 99), (-1, 0), (1.0, 0), ([0, 0], [1, 2])):
+        with pytest.raises(ValueError, match="must be"):
+            unlearning.edit_classes(network, *wrong)
+    hot, x = jnp.eye(3)[:2], jnp.zeros((2, 2))
+    for override in (unlearning.NextClass(3), unlearning.AnyOf([0, 1])):
+        with pytest.raises(ValueError, match="`cond` must have a class for every example"):
+            override(KEY, hot, x)
+    with pytest.raises(ValueError, match="`forget_cond` must be what is to be kept away from"):
+        PosteriorOdds(base, None, jax.tree_util.Partial(jnp.sum))
+    plural = PosteriorOdds(base, 0, jax.tree_util.Partial(lambda x, t: x))
+    with pytest.raises(ValueError, match="`log_odds` must return a scalar"):
+        plural(jnp.zeros(2), jnp.float32(0.5), jnp.int32(3))
+    guided = ClassifierFree(base, 3, 2.0)
+    options = {"taps": ("emb",), "cond": jnp.zeros(2, int), "corrupted": jnp.full(2, 3), "times": 2}
+    with pytest.raises(TypeError, match="`denoiser` must evaluate its network once"):
+        unlearning.indirect_effects(KEY, guided, (2,), jnp.sum, **options)
+    with pytest.raises(TypeError, match="`solver` must evaluate once a step"):
+        unlearning.indirect_effects(
+            KEY, base, (2,), jnp.sum, solver=jaxdiff.solvers.EDMHeun(), **options
+        )
+    plus = CFGPlusPlus(base, 3, 0.6)
+    rows = {"x": jnp.zeros((4, 2)), "cond": jnp.zeros(4, jnp.int32)}
+    with pytest.raises(ValueError, match="`teacher` must have the noise that its x0 implies"):
+        unlearning.ErasedConcepts(3, states=SEEN)(
+            base, KEY, {"forget": rows}, Frozen({"teacher": plus}, 0, None, {})
+        )
+    with pytest.raises(ValueError, match="`rank` must be at most 1"):
+        unlearning.decorrelate(jnp.ones((3, 4)), jnp.ones((1, 4)), rank=2)
+    with pytest.raises(ValueError, match="`masked` must be the prompt without each"):
+        unlearning.safree(jnp.ones((1, 4)), jnp.ones((1, 4)), jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match="`rate` must be below 2 / decay"):
+        unlearning.quadratic_divergence(2.0, 1.0, 1.0, 3.0, 5, jnp.ones(2))
+    with pytest.raises(ValueError, match="`surrogate` must be in order"):
+        unlearning.SelectiveAmnesia(surrogate=(1.0, -1.0))
+    with pytest.raises(ValueError, match="`gradient` must be finite"):
+        unlearning.saliency_mask({"w": jnp.asarray([1.0, jnp.nan])})
+    mask = unlearning.saliency_mask({"w": jnp.asarray([1.0, 0, 0, 0, 2.0])}, 0.8)["w"]
+    assert mask.tolist() == [True, False, False, False, True]  # nothing depends on the others
+    # Directions there are not are not taken away.
+    tokens = jax.random.normal(KEY, (3, 4))
+    assert_allclose(unlearning.decorrelate(tokens, jnp.zeros((1, 4))), tokens)
+    twice = jnp.tile(jnp.asarray([[1.0, 0, 0, 0]]), (2, 1))
+    assert_allclose(unlearning.decorrelate(tokens, twice, rank=2)[:, 1:], tokens[:, 1:], rtol=1e-5)
+    assert unlearning.search_step(lambda step: 1.0, 1.0, growth=2) == 4.0  # the last that was tried
+    large = unlearning.onto_simplex(jnp.asarray([3e7, 2e7, 0.0]))
+    assert_allclose(large, [1.0, 0.0, 0.0])
+    half = unlearning.attack(
+        KEY, small_denoiser(0, process=COSINE, prediction=predictions.Eps()),
+        {"x": jnp.ones((8, 2), jnp.bfloat16), "cond": jnp.zeros(8, jnp.int32)}, jnp.zeros(2),
+        lambda v, cond: cond, steps=3,
+    )[1]  # fmt: skip
+    assert np.isfinite(half).all()
