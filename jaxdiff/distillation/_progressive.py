@@ -103,7 +103,8 @@ class ProgressiveDistillation(eqx.Module):
                 "`steps` must be given for a loss that has no known number of its own, got "
                 f"{self.steps!r:.60}."
             )
-        count = check_count("steps", self.steps if steps is None else steps)
+        own: Any = self.steps
+        count = int(own) if steps is None else check_count("steps", steps)
         return self._time(process, jnp.arange(count, -1, -1) / count)
 
     def _time(self, process: GaussianProcess, level: Array) -> Array:
