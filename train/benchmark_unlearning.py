@@ -103,9 +103,7 @@ def check(plan: Benchmark, rows: list[dict[str, Any]]) -> None:
     """
     if unknown := sorted(set(plan.methods) - set(METHODS)):
         raise ValueError(f"`methods` must be among {list(METHODS)}, got {unknown[0]!r}.")
-    seeds = {Path(base).name: seed_of(base) for base in plan.bases}
-    if not len(set(seeds.values())) == len(seeds) == len(plan.bases):
-        raise ValueError(f"`bases` must have names and seeds of their own, got {seeds}.")
+    seeds = lines.check_bases(plan.bases, rows)
     if len({seed_of(run_dir) for run_dir in plan.retrained}) < len(plan.retrained):
         raise ValueError(f"`retrained` must be of different seeds, got {plan.retrained}.")
     for run_dir in plan.retrained:
@@ -118,8 +116,6 @@ def check(plan: Benchmark, rows: list[dict[str, Any]]) -> None:
             )
     lines.check_settings(plan.out, rows, settings_of(plan))
     for row in rows:
-        if seeds.get(row["base"], row["seed"]) != row["seed"]:
-            raise ValueError(f"`out` has lines of another run named {row['base']!r}.")
         if row["base"] not in seeds and row["seed"] in seeds.values():
             raise ValueError(
                 f"`out` has lines of the seed {row['seed']} of {row['base']!r}, which are one with "

@@ -22,11 +22,12 @@ import numpy as np
 import tyro
 
 import jaxdiff
-from jaxdiff import data, unlearning
+from jaxdiff import unlearning
 from train.core import figures, lines, runner
 from train.core.comparison import mean_of
 from train.core.config import RunConfig, load_config
 from train.core.data import build_sources
+from train.core.evaluation import PromptAttribute
 from train.core.sampling import load_model
 from train.unlearning.words import METHODS, Parts, Speaker, table_of
 
@@ -70,7 +71,7 @@ TITLES = {
     "words": "words before it",
     "vector": "a vector in its place",
 }
-DIGITS = data.PROMPT_WORDS[6:16]  # which samples show more or less
+ATTRIBUTES = ("size", "colour", "place")
 ATTACKED = 16  # images that a search is given
 
 
@@ -79,6 +80,14 @@ class Judge:
 
     def __init__(self, plan: Benchmark, parts: Parts):
         self.plan, self.parts = plan, parts
+        columns = {measure.column: measure for measure in map(PromptAttribute, ATTRIBUTES)}
+        if parts.column not in columns:
+            raise ValueError(
+                "`forget` must be a word that samples show for certain, of a size, colour or "
+                f"place, got {plan.forget!r}."
+            )
+        self.own = columns.pop(parts.column)
+        self.rest = list(columns.values())
         rng = np.random.default_rng(parts.seed)
         said = np.asarray(parts.source.cond["tokens"])  # type: ignore[index]
         whole = said[(said != parts.none).all(1)]
@@ -94,43 +103,39 @@ class Judge:
         captions[:, self.parts.column] = word
         return captions
 
-    def shown(self, speaker: Speaker, vectors: Any, scale: float) -> tuple[np.ndarray, Any]:
-        """Samples of captions' vectors `(n, m, size)`, and what they show."""
+    def samples(self, speaker: Speaker, vectors: Any, scale: float) -> np.ndarray:
+        """Of captions' vectors `(n, m, size)`."""
         heard = jax.vmap(speaker.heard)(vectors)
         x = jaxdiff.sample(
             self.key, speaker.at(scale), self.images.shape[1:], len(heard),
             cond={"tokens": heard}, times=self.plan.sampling_steps, batch_size=32,
         ).x  # fmt: skip
-        x = np.clip(np.asarray(x), -1, 1)
-        return x, data.prompt_attributes(x)
+        return np.clip(np.asarray(x), -1, 1)
 
     def __call__(self, speaker: Speaker) -> tuple[dict[str, Any], np.ndarray]:
         """Every figure of a model, and samples that are asked for the word."""
         parts, scale = self.parts, self.plan.guidance_scale
         table, column, word = table_of(speaker.model), self.parts.column, self.parts.word
-        kind = {0: "size", 1: "colour", 3: "place"}[column]
-        asked = self.saying(word)
-        x, seen = self.shown(speaker, table[asked], scale)
-        rest = [
-            np.mean(getattr(seen, name) == asked[:, n])
-            for n, name in ((0, "size"), (1, "colour"), (3, "place"))
-            if n != column
-        ]
+        asked, empty = self.saying(word), self.saying(parts.none)
         others = self.saying(np.resize(parts.others, len(asked)))
-        found = {
-            "said": np.mean(getattr(seen, kind) == word),
-            "rest": np.mean(rest),
-            "others": np.mean(
-                getattr(self.shown(speaker, table[others], scale)[1], kind) == others[:, column]
-            ),
+        x = self.samples(speaker, table[asked], scale)
+
+        def share(x, captions, *attributes):
+            """Of samples that show what their captions say, in the mean of some attributes."""
+            batch = {"x": x, "cond": {"tokens": captions}}
+            return np.mean([attribute(batch, {})[0] for attribute in attributes])
+
+        def back(vectors, scale=scale):
+            """The share that shows the word, whatever was said."""
+            return share(self.samples(speaker, vectors, scale), asked, self.own)
+
+        found: dict[str, Any] = {
+            "said": share(x, asked, self.own),
+            "rest": share(x, asked, *self.rest),
+            "others": share(self.samples(speaker, table[others], scale), others, self.own),
+            "unasked": back(table[empty]),
+            "arithmetic": back(table[asked], -1.0),
         }
-
-        def share(vectors, scale=scale):
-            return np.mean(getattr(self.shown(speaker, vectors, scale)[1], kind) == word)
-
-        empty = self.saying(parts.none)
-        found["unasked"] = share(table[empty])
-        found["arithmetic"] = share(table[asked], -1.0)
         # The attacker's captions leave the place open: the word itself may be what is found.
         about = self.about.copy()
         about[:, column] = parts.none
@@ -140,7 +145,7 @@ class Judge:
             steps=self.plan.attack_steps, rate=0.1, decay=0.0,
         )  # fmt: skip
         before = jnp.broadcast_to(table[words], (len(empty), 2, table.shape[1]))
-        found["words"] = share(jnp.concatenate([before, table[empty]], 1))
+        found["words"] = back(jnp.concatenate([before, table[empty]], 1))
         found["found"] = [str(parts.source.words[int(n)]) for n in words]  # type: ignore[index]
         vector, _ = unlearning.attack(
             jax.random.fold_in(self.key, 2), speaker.model, batch, table[word],
@@ -148,7 +153,7 @@ class Judge:
             steps=self.plan.attack_steps, rate=0.1, decay=0.0,
         )  # fmt: skip
         moved = table[empty].at[:, column].set(vector)
-        found["vector"] = share(moved)
+        found["vector"] = back(moved)
         return {k: v if k == "found" else float(v) for k, v in found.items()}, x
 
 
@@ -165,23 +170,13 @@ def check(plan: Benchmark, rows: list[dict[str, Any]]) -> None:
     """
     if unknown := sorted(set(plan.methods) - set(METHODS)):
         raise ValueError(f"`methods` must be among {list(METHODS)}, got {unknown[0]!r}.")
-    seeds = {Path(base).name: load_config(base, RunConfig).seed for base in plan.bases}
-    if not len(set(seeds.values())) == len(seeds) == len(plan.bases):
-        raise ValueError(f"`bases` must have names and seeds of their own, got {seeds}.")
-    if plan.forget in DIGITS:
-        raise ValueError(
-            "`forget` must be a word that samples show for certain, of a size, colour or place, "
-            f"got {plan.forget!r}."
-        )
     for name, least in (
         ("steps", 1), ("num_samples", 16), ("sampling_steps", 1), ("attack_steps", 1)
     ):  # fmt: skip
         if getattr(plan, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, got {getattr(plan, name)}.")
+    lines.check_bases(plan.bases, rows)
     lines.check_settings(plan.out, rows, settings_of(plan))
-    for row in rows:
-        if seeds.get(row["base"], row["seed"]) != row["seed"]:
-            raise ValueError(f"`out` has lines of another run named {row['base']!r}.")
 
 
 def run(plan: Benchmark, base: str) -> None:
@@ -209,12 +204,8 @@ def pictured(x: np.ndarray, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = (x.reshape(-1, 8, *x.shape[1:]) + 1) / 2
-    picture = (
-        np.concatenate(np.concatenate(rows, 1), 1)
-        if len(rows) == 1
-        else np.concatenate([np.concatenate(row, 1) for row in rows])
-    )
+    rows = [np.concatenate(row, 1) for row in x.reshape(-1, 8, *x.shape[1:])]
+    picture = (np.concatenate(rows) + 1) / 2
     figure, axes = plt.subplots(figsize=(4, 1.2), layout="constrained")
     axes.imshow(picture.clip(0, 1))
     axes.set_axis_off()

@@ -12,7 +12,7 @@ from jaxdiff._checks import check_callable, check_number
 from jaxdiff._tree import Number, number
 from jaxdiff.distillation._jump import check_told
 from jaxdiff.flow_map import FlowMap
-from jaxdiff.losses._frozen import still
+from jaxdiff.losses._frozen import player_of, still
 
 
 class Adversarial(eqx.Module):
@@ -146,13 +146,9 @@ def student_of(frozen: Any, name: str) -> FlowMap:
         ValueError: if there is none.
         TypeError: if it cannot jump where it is told to.
     """
-    if name not in frozen:
-        raise ValueError(
-            f"`frozen` must have the student {name!r}, got {sorted(frozen)}. Train a player of "
-            "this name, or name another by `student`."
-        )
-    check_told(frozen[name])
-    return still(frozen[name])
+    student = player_of(frozen, name)
+    check_told(student)
+    return student
 
 
 def critic_loss(

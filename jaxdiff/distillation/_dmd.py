@@ -152,7 +152,7 @@ def _pairs(batch: dict[str, Any]) -> tuple[Array, Array]:
     if missing := sorted({"noise", "pair"} - set(batch)):
         raise ValueError(
             f"`regression` needs pairs, batch['noise'] and batch['pair'], got none of {missing}. "
-            "Store what the teacher's solver makes of noise, or pass regression=None."
+            "Take those of distillation.reflow_pairs, whose 'x' is the pair, or leave it None."
         )
     for name in ("noise", "pair"):
         if jnp.shape(batch[name]) != jnp.shape(batch["x"]):

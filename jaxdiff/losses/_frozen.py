@@ -41,6 +41,20 @@ def teacher_of(frozen: Any, student: Any = None, name: str = "teacher") -> Denoi
     return still(teacher)
 
 
+def player_of(frozen: Any, name: str) -> PyTree:
+    """Another player's model, a student say, all of it constant.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in frozen:
+        raise ValueError(
+            f"`frozen` must have the student {name!r}, got {sorted(frozen)}. Train a player of "
+            "this name, or name another by `student`."
+        )
+    return still(frozen[name])
+
+
 def said_by(teacher: Denoiser, x: Array, t: Array, cond: PyTree = None) -> Array:
     """What a teacher says of x0, `(*event)`, of which its noise follows.
 

@@ -59,7 +59,7 @@ def attack(
         key: typed key; step n draws from its fold_in with n, example i from that one's with i.
         denoiser: what is attacked.
         batch: examples of what was to be forgotten, `{"x": (B, *event), "cond": leading axis B}`.
-        start: v, numbers of any shape.
+        start: v, floats of any shape.
         into: `(v, cond) -> cond`, the condition of an example with v in it.
         steps: updates.
         rate: of AdamW.
@@ -72,7 +72,7 @@ def attack(
 
     Raises:
         TypeError: for an `into` that is no function.
-        ValueError: for a batch without examples, or counts below 1.
+        ValueError: for a batch without examples, integers to start from, or counts below 1.
 
     Reference: Zhang, Jia, Chen, Chen, Zhang, Liu, Ding, Liu, "To Generate or Not? Safety-Driven
     Unlearned Diffusion Models Are Still Easy To Generate Unsafe Images ... For Now", 2023, arXiv
@@ -87,6 +87,12 @@ def attack(
         check_count(name, value)
     check_number("rate", rate, above=0.0)
     check_number("decay", decay, least=0.0)
+    start = jnp.asarray(start)
+    if not jnp.issubdtype(start.dtype, jnp.floating):
+        raise ValueError(
+            f"`start` must be numbers that can be moved, floats, got {start.dtype}. Pass the "
+            "vectors of words, network.words(tokens)."
+        )
     process, optimizer = denoiser.process, optax.adamw(rate, weight_decay=decay)
     grid = process.t_max + (process.t_min - process.t_max) * jnp.arange(levels) / levels
 
@@ -109,7 +115,6 @@ def attack(
         v = optax.apply_updates(v, change)
         return (v if project is None else project(v), state), value
 
-    start = jnp.asarray(start)
     (v, _), values = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(steps))
     return v, values
 

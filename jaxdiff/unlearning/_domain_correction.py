@@ -12,7 +12,7 @@ from jaxdiff.denoiser import Denoiser, check_denoiser
 from jaxdiff.distillation import Adversarial, NonSaturating
 from jaxdiff.distillation._adversarial import critic_loss, critic_of, logits
 from jaxdiff.losses import TimeLaw, UniformTime
-from jaxdiff.losses._frozen import still, teacher_of
+from jaxdiff.losses._frozen import player_of, teacher_of
 from jaxdiff.unlearning._shared import Seen, asked, beside_anchors
 from jaxdiff.unlearning._states import NoisedExamples
 
@@ -119,13 +119,8 @@ class DomainCritic(eqx.Module):
             The scalar loss, and the mean logits, `{"real": ..., "fake": ...}`.
         """
         rows = beside_anchors(batch)
-        if self.student not in frozen:
-            raise ValueError(
-                f"`frozen` must have the student {self.student!r}, got {sorted(frozen)}. Train a "
-                "player of this name, or name another by `student`."
-            )
-        check_denoiser(frozen[self.student])
-        student = still(frozen[self.student])
+        student = player_of(frozen, self.student)
+        check_denoiser(student, self.student)
         teacher = teacher_of(frozen, student)
         seen = self.loss.seen(student, key, batch)
         real, fake = (

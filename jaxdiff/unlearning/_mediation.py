@@ -58,7 +58,8 @@ def indirect_effects(
 
     Raises:
         TypeError: for guidance, or a solver of several evaluations a step.
-        ValueError: for conditions of unequal numbers, or taps that the network does not have.
+        ValueError: for conditions of unequal numbers, taps that the network does not have, or a
+            score that is not one for each example.
 
     Reference: Basu, Zhao, Morariu, Feizi, Manjunatha, "Localizing and Editing Knowledge in
     Text-to-Image Generative Models", 2023, arXiv 2310.13730, section 3. There the condition is
@@ -119,7 +120,12 @@ def indirect_effects(
     states = dict.fromkeys(("clean", "corrupted", *taps), start)
     pairs = jnp.stack([times[:-1], times[1:]], 1)
     ends, _ = jax.lax.scan(step, states, (jnp.arange(len(pairs)), pairs))
-    means = {name: jnp.mean(score(x)) for name, x in ends.items()}
+    scores = {name: score(x) for name, x in ends.items()}
+    if shapes := {jnp.shape(value) for value in scores.values()} - {(count,)}:
+        raise ValueError(
+            f"`score` must return a number for each example, ({count},), got shape {shapes.pop()}."
+        )
+    means = {name: jnp.mean(value) for name, value in scores.items()}
     return {
         "total": means["clean"] - means["corrupted"],
         "indirect": {name: means[name] - means["corrupted"] for name in taps},

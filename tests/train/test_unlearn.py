@@ -215,6 +215,7 @@ def test_words_are_forgotten_at_every_place_and_searched_for(tmp_path):
     assert "| renamed |" in out.with_suffix(".md").read_text()
     for wrong, message in (
         (["--forget", "purple"], "must be a word of the captions"),
+        (["--forget", "three"], "must be a word that samples show for certain"),
         (["--methods", "none"], "`methods` must be among"),
     ):
         other = [run_dir, "--out", str(tmp_path / "other.jsonl"), *few, *wrong]

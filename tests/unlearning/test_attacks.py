@@ -375,6 +375,13 @@ def test_wrong_arguments():
         apart(finetuning.adapt(base, adapters[0]), KEY, {**rows, "forget": rows}, frozen)
     with pytest.raises(ValueError, match="`count` must be"):
         unlearning.attack_words(KEY, base, rows, jnp.zeros((3, 2)), count=0)
+    with pytest.raises(ValueError, match="`start` must be numbers that can be moved"):
+        unlearning.attack(KEY, base, rows, jnp.zeros(2, int), lambda v, cond: cond)
+    with pytest.raises(ValueError, match="`score` must return a number for each example"):
+        unlearning.indirect_effects(
+            KEY, base, (2,), jnp.sum, taps=("emb",), cond=jnp.zeros(2, int),
+            corrupted=jnp.full(2, 3), times=jnp.asarray([0.9, 0.5]),
+        )  # fmt: skip
     with pytest.raises(TypeError, match="`into` must be a function"):
         unlearning.attack(KEY, base, rows, jnp.zeros(2), 3)
 

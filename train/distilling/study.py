@@ -20,7 +20,7 @@ import tyro
 
 from train.core import figures, lines, measure, runner
 from train.core.comparison import difference, held_out_metrics, mean_of
-from train.core.config import MeshConfig, RunConfig, load_config
+from train.core.config import MeshConfig
 from train.core.data import DataInfo, build_sources
 from train.distill import EVALUATIONS, Options, configured, distil, rows_of
 from train.distilling.recipe import METHODS, Config
@@ -85,13 +85,8 @@ def check(study: Study, rows: list[dict[str, Any]]) -> None:
     """
     if unknown := sorted(set(study.methods) - set(METHODS)):
         raise ValueError(f"`methods` must be among {list(METHODS)}, got {unknown[0]!r}.")
-    seeds = {Path(base).name: load_config(base, RunConfig).seed for base in study.bases}
-    if not len(set(seeds.values())) == len(seeds) == len(study.bases):
-        raise ValueError(f"`bases` must have names and seeds of their own, got {seeds}.")
+    lines.check_bases(study.bases, rows)
     lines.check_settings(study.out, rows, settings_of(study))
-    for row in rows:
-        if seeds.get(row["base"], row["seed"]) != row["seed"]:
-            raise ValueError(f"`out` has lines of another run named {row['base']!r}.")
 
 
 def cost_of(config: Config, seconds: float) -> dict[str, Any]:

@@ -94,13 +94,8 @@ def check(study: Study, rows: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: for bases of one name or seed, or a file of other settings.
     """
-    seeds = {Path(base).name: load_config(base, RunConfig).seed for base in study.bases}
-    if not len(set(seeds.values())) == len(seeds) == len(study.bases):
-        raise ValueError(f"`bases` must have names and seeds of their own, got {seeds}.")
+    lines.check_bases(study.bases, rows)
     lines.check_settings(study.out, rows, settings_of(study))
-    for row in rows:
-        if seeds.get(row["base"], row["seed"]) != row["seed"]:
-            raise ValueError(f"`out` has lines of another run named {row['base']!r}.")
 
 
 def options_of(study: Study, base: str, variant: str) -> Options:

@@ -6,7 +6,8 @@ and no class; `noisy_descent`, whose guarantee is for a model that was trained w
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -213,18 +214,17 @@ class Parts:
         config = self.config
         loss = dataclasses.replace(self.denoising, null_cond=None)
         player = Player(self.base, loss, build_optimizer(config))
-        return learned(
-            player, source, config.steps, min(config.batch_size, len(source)), config.seed
-        )
+        size = min(config.batch_size, len(source))
+        batches = make_loader(source, size, seed=config.seed, num_threads=0)
+        return learned(player, itertools.islice(batches, config.steps), config.seed)
 
 
-def learned(player: Player, source: ArraySource, steps: int, size: int, seed: int) -> Any:
-    """A player's model after so many updates."""
+def learned(player: Player, batches: Iterable[Any], seed: int, **constants: Any) -> Any:
+    """A player's model after some batches."""
     players = {"model": player}
     state, step = init_train_state(players, jax.random.key(seed)), make_train_step(players)
-    batches = iter(make_loader(source, size, seed=seed, num_threads=0))
-    for _ in range(steps):
-        state, _ = step(state, next(batches), {})
+    for batch in batches:
+        state, _ = step(state, batch, constants)
     return state.players["model"].model
 
 

@@ -1,6 +1,7 @@
 """Methods that make a model of captions forget a word: by edits, by learning, or at the door."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,11 @@ import optax
 from jaxtyping import Array
 
 from jaxdiff import guidance, losses, unlearning
-from jaxdiff.data import ArraySource, make_loader
+from jaxdiff.data import PROMPT_WORDS, ArraySource, make_loader
 from jaxdiff.denoiser import Denoiser, NetworkDenoiser
 from jaxdiff.parallel import path_of
-from jaxdiff.training import Player, init_train_state, make_train_step
+from jaxdiff.training import Player
+from train.unlearning.recipe import learned
 
 RADIUS = 0.3  # of the ball that is defended, in lengths of the word's own vector
 
@@ -66,9 +68,12 @@ class Parts:
     def __init__(
         self, base: NetworkDenoiser, source: ArraySource, word: str, steps: int, seed: int
     ):
-        names, said = list(source.words or ()), np.asarray((source.cond or {}).get("tokens", ()))
+        names = list(source.words or ())
+        if source.words != PROMPT_WORDS:
+            raise ValueError(f"`bases` must be runs on prompts, got one of the words {names}.")
         if word not in names:
             raise ValueError(f"`forget` must be a word of the captions, {names}, got {word!r}.")
+        said = np.asarray(source.cond["tokens"])  # type: ignore[index]
         self.base, self.source, self.steps, self.seed = base, source, steps, seed
         self.word = names.index(word)
         columns = np.flatnonzero((said == self.word).any(0))
@@ -118,18 +123,18 @@ class Parts:
         said = jnp.asarray(self.alone(self.word))
         told = table_of(model)[said] if vectors else said
         mask = unlearning.parameter_mask(model.network, *patterns) if patterns else None
-        players = {"model": Player(model, loss, optax.adam(2e-4), mask=mask)}
-        state, step = init_train_state(players, jax.random.key(self.seed)), make_train_step(players)
-        loaders = [
-            iter(make_loader(source, 32, seed=self.seed, num_threads=0))
+        kept, forget = (
+            make_loader(source, 32, seed=self.seed, num_threads=0)
             for source in (self.kept, self.forget)
-        ]
-        for _ in range(self.steps):
-            kept, forget = map(next, loaders)
+        )
+
+        def beside(kept, forget):
             rows = jnp.broadcast_to(told, (len(forget["x"]), *told.shape))
-            batch = {**kept, "forget": {"x": forget["x"], "cond": {"tokens": rows}}}
-            state, _ = step(state, batch, {"teacher": self.base})
-        return state.players["model"].model
+            return {**kept, "forget": {"x": forget["x"], "cond": {"tokens": rows}}}
+
+        batches = itertools.islice(map(beside, kept, forget), self.steps)
+        player = Player(model, loss, optax.adam(2e-4), mask=mask)
+        return learned(player, batches, self.seed, teacher=self.base)
 
     def edited(self, keep: bool, ridge: float = 0.01) -> NetworkDenoiser:
         """Keys and values of the word are those of the next that stands in its place."""
